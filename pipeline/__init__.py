@@ -1,0 +1,1 @@
+"""The pipeline: dataset in, published bundle out; TensorFlow and Prefect live here."""

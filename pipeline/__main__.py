@@ -1,0 +1,126 @@
+"""The command line `train-export`: options in, the flow's result out.
+
+Exit status: 0 published; 1 refused, with one sentence that says why; 2 wrong options; 130 stopped
+with Ctrl-C. Only this module prints.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline import config
+from pipeline.errors import PipelineError
+
+app = typer.Typer(
+    help="Train a TensorFlow CNN, export it, prove that every export answers like it, publish it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+# What a run without a Prefect server needs; the environment wins, prefect.toml says the same.
+PREFECT = {
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 20 is too short for two cores
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline",
+    "DO_NOT_TRACK": "1",
+}
+GPU_DRIVER = Path("/dev/nvidiactl")
+
+
+@app.callback()
+def main() -> None:
+    """Train a TensorFlow CNN, export it, prove that every export answers like it, publish it."""
+
+
+@app.command()
+def run(  # noqa: PLR0913  one parameter an option
+    preset: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(config.PRESETS)}; smoke takes seconds.")
+    ] = "quick",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="TRAIN_EXPORT_DATA",
+            help="Folder of the four Fashion-MNIST files, packed or not; by default the cache, "
+            "Debian's package, Keras' download and apt are tried in turn.",
+        ),
+    ] = None,
+    models: Annotated[Path, typer.Option(help="Folder to publish into.")] = Path("models"),
+    runs: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and exports, one a set of settings.")
+    ] = Path("runs"),
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images; by default the preset's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew where an earlier run could be resumed.")
+    ] = False,
+) -> None:
+    """Run the flow train-export here: train, evaluate, export, check parity, serve, publish.
+
+    Nothing is published unless the model passes its accuracy gate, every export answers all
+    10,000 test images within its budget, and so does a real server over gRPC. Without a Prefect
+    server (PREFECT_API_URL) the flow starts one of its own for as long as it runs.
+
+    A run that was stopped goes on where it stopped when it is started again with the same
+    settings.
+
+    Example: train-export run --preset smoke --models /srv/models
+    """
+    try:
+        config.from_preset(preset, epochs=epochs, seed=seed)
+        path = _flow(
+            preset=preset,
+            data=str(data) if data else None,
+            models=str(models),
+            runs=str(runs),
+            epochs=epochs,
+            seed=seed,
+            fresh=fresh,
+        )
+    except PipelineError as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        fail(
+            "stopped; nothing was published, and the same command goes on after the last epoch",
+            status=130,
+        )
+    _show(Path(path), models)
+
+
+def _flow(**parameters: object) -> str:
+    for name, value in PREFECT.items():
+        os.environ.setdefault(name, value)
+    # TensorFlow reports a missing GPU driver as an error, also where there is no GPU.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
+    from pipeline.flow import train_export  # noqa: PLC0415  seconds; not to print the help
+
+    return train_export(**parameters)
+
+
+def _show(path: Path, models: Path) -> None:
+    from pipeline import report  # noqa: PLC0415
+    from service import bundle  # noqa: PLC0415
+
+    console = Console()
+    console.print()
+    console.print(report.table(bundle.read_manifest(path)))
+    print(f"bundle: {path}")
+    print(f"serve:  serve-export serve --repository {models}")
+    print("ask:    serve-export predict IMAGE.png")
+
+
+def fail(reason: str, *, status: int) -> NoReturn:
+    """End with a status and one sentence on standard error."""
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(reason)}", highlight=False)
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    app()

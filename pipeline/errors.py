@@ -1,0 +1,50 @@
+"""Everything the pipeline refuses on purpose.
+
+PipelineError
+├── ConfigError        a setting has a value that cannot work
+├── DatasetError       the data cannot be found, or are not the ones they should be
+├── BusyError          another run is working in the same folder
+├── TrainingError      training cannot go on
+├── EvaluationError    the model is below the gate
+├── ExportError        an exporter failed, or wrote something else than was asked for
+├── ParityError        an export, or the server, does not answer like the original
+└── PublishError       the bundle cannot be written or served
+
+The text of each is one finished sentence for the person who can mend it.
+"""
+
+
+class PipelineError(Exception):
+    """Base of all."""
+
+
+class ConfigError(PipelineError):
+    """A setting has a value that cannot work."""
+
+
+class DatasetError(PipelineError):
+    """The data cannot be found, or are not the ones they should be."""
+
+
+class BusyError(PipelineError):
+    """Another run is working in the same folder."""
+
+
+class TrainingError(PipelineError):
+    """Training cannot go on."""
+
+
+class EvaluationError(PipelineError):
+    """The model is below the gate; nothing is published."""
+
+
+class ExportError(PipelineError):
+    """An exporter failed, or wrote something else than was asked for."""
+
+
+class ParityError(PipelineError):
+    """An export, or the server, does not answer like the original model."""
+
+
+class PublishError(PipelineError):
+    """The bundle cannot be written or served."""

@@ -1,0 +1,60 @@
+"""Write an ONNX file: stable names, one axis name, metadata, checked."""
+
+import logging
+from pathlib import Path
+
+import onnx
+import tensorflow as tf
+import tf2onnx
+from tf2onnx import tf_loader
+
+from pipeline.errors import ExportError
+from pipeline.export.metadata import Metadata
+
+# 18 writes global average pooling as two slower operators; tf2onnx 1.17 refuses more than 18.
+OPSET = 17
+AXIS = "batch"
+
+
+def write(
+    serve: tf.types.experimental.PolymorphicFunction, path: Path, metadata: Metadata
+) -> None:
+    """Convert, rename, describe, check.
+
+    Raises:
+        ExportError: the graph has other inputs or outputs than the function, or is not valid.
+    """
+    # tf2onnx tells every step of its optimiser as a warning or less.
+    logging.getLogger(tf2onnx.__name__).setLevel(logging.ERROR)
+    logging.getLogger(tf_loader.__name__).setLevel(logging.ERROR)
+    model, _ = tf2onnx.convert.from_function(
+        serve, input_signature=serve.input_signature, opset=OPSET
+    )
+    _name_batch_axis(model)
+    model.graph.name = "model"
+    for key, text in metadata.texts.items():
+        model.metadata_props.add(key=key, value=text)
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    _check(model)
+    onnx.save(model, path)
+
+
+def _name_batch_axis(model: onnx.ModelProto) -> None:
+    """Name the first axis of inputs and outputs; forget the guesses inside the graph."""
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = AXIS
+    del model.graph.value_info[:]
+
+
+def _check(model: onnx.ModelProto) -> None:
+    inputs = [value.name for value in model.graph.input]
+    outputs = sorted(value.name for value in model.graph.output)
+    if inputs != ["image"] or outputs != ["logits", "probabilities"]:
+        raise ExportError(
+            f"tf2onnx wrote the inputs {inputs} and outputs {outputs}, "
+            "expected image, and logits and probabilities"
+        )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"tf2onnx wrote a graph that is not valid: {error}") from error

@@ -1,0 +1,26 @@
+"""Write a SavedModel; its metadata is `assets.extra/metadata.json`."""
+
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from pipeline.export.metadata import Metadata
+
+SIGNATURE = "serving_default"
+
+
+def write(
+    model: keras.Model,
+    serve: tf.types.experimental.PolymorphicFunction,
+    folder: Path,
+    metadata: Metadata,
+) -> None:
+    """Write the serving function and the variables it needs."""
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint(SIGNATURE, serve)
+    archive.write_out(str(folder), verbose=False)
+    extra = folder / "assets.extra"  # where TensorFlow Serving too looks for what is not a graph
+    extra.mkdir()
+    (extra / "metadata.json").write_bytes(metadata.json())

@@ -1,0 +1,324 @@
+"""Write a bundle in a hidden folder, and rename it into place when it is whole and proven.
+
+Readers of `models/` see a version whole or not at all, whatever moment the process dies at. What
+a dead run left hidden is removed by the next.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+import numpy as np
+from google.protobuf import json_format, timestamp_pb2
+
+from pipeline import dataset, files, parity
+from pipeline.config import Config, PublishConfig
+from pipeline.errors import BusyError, PublishError
+from pipeline.records import Checked, Dataset, Exports, Published, Scores, Staged, Trained
+from protos import bundle_pb2
+from service import agreement, bundle
+
+log = logging.getLogger(__name__)
+STAGING_PREFIX = ".staging-"
+LOCK = ".lock"
+GOLDEN_ROWS_PER_CLASS = 20  # 200 images are answered in milliseconds at every load
+TOOLS = (
+    "train-export",
+    "tensorflow",
+    "keras",
+    "tf2onnx",
+    "onnx",
+    "onnxruntime",
+    "ai-edge-litert",
+    "numpy",
+)
+
+
+@contextmanager
+def staging(config: PublishConfig) -> Iterator[Path]:
+    """Give a hidden folder beside the models, and remove it at the end, whatever happened.
+
+    Raises:
+        PublishError: the models' folder cannot be written to.
+    """
+    try:
+        config.models.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(config.models)
+        folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=config.models))
+    except OSError as error:
+        raise PublishError(
+            f"{config.models} cannot be written to: {error.strerror}; name another with --models"
+        ) from error
+    try:
+        with files.locked(folder / LOCK, wait=False):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
+    folder: Path,
+    run: str,
+    config: Config,
+    data: Dataset,
+    trained: Trained,
+    scores: Scores,
+    exports: Exports,
+    checked: Checked,
+) -> Staged:
+    """Write a bundle, whole but for the served parity, as the next version.
+
+    Args:
+        folder: of `staging`.
+        run: names this run in the manifest.
+        config: of this run.
+        data: what the model learnt from.
+        trained: the original.
+        scores: of the original.
+        exports: go into the bundle as its variants.
+        checked: parity of every variant.
+    """
+    name = config.publishing.name
+    number = _next_version(config.publishing.models / name)
+    path = folder / name / str(number)
+    variants = path / "variants"
+    shutil.copytree(exports.saved_model, variants / "saved_model")
+    shutil.copy2(exports.tflite, variants)
+    shutil.copy2(exports.onnx, variants)
+    shutil.copy2(exports.onnx, path / bundle.MODEL)
+    _write_golden(path / bundle.GOLDEN, data, checked)
+    manifest = _manifest(run, config, data, trained, scores, checked)
+    manifest.name, manifest.version = name, number
+    manifest.files.extend(_listed(path))
+    write_manifest(path, manifest)
+    return Staged(repository=folder, path=path)
+
+
+def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
+    """Add the served parity to the manifest and rename the bundle into place.
+
+    Args:
+        staged: what was served.
+        served: its parity, a ParityReport as JSON.
+        config: where it goes.
+
+    Raises:
+        PublishError: the served parity did not pass, or the folder cannot be written to.
+    """
+    manifest = bundle.read_manifest(staged.path)
+    manifest.served.CopyFrom(parity.read_report(served))
+    if not manifest.served.passed:
+        raise PublishError(f"the served model is not to be published: {manifest.served.failure}")
+    home = config.models / config.name
+    try:
+        with files.locked(home / LOCK, wait=True):
+            number = _next_version(home)  # another run may have published meanwhile
+            manifest.version = number
+            write_manifest(staged.path, manifest)
+            files.sync_tree(staged.path)
+            staged.path.rename(home / str(number))
+            files.sync(home)
+            files.write_whole(home / "config.pbtxt", _triton_config(manifest).encode())
+    except OSError as error:
+        room = ", the disk is full" if error.errno == errno.ENOSPC else ""
+        raise PublishError(f"{home} cannot be written to: {error.strerror}{room}") from error
+    log.info("published %s", home / str(number))
+    return Published(path=home / str(number), name=config.name, version=number)
+
+
+def write_manifest(path: Path, manifest: bundle_pb2.BundleManifest) -> None:
+    """Write a bundle's manifest, at once and whole."""
+    text = json_format.MessageToJson(manifest, preserving_proto_field_name=True, indent=1)
+    files.write_whole(path / bundle.MANIFEST, f"{text}\n".encode())
+
+
+def _remove_abandoned(models: Path) -> None:
+    """Remove what runs that died have staged: nobody holds its lock any more."""
+    for folder in models.glob(f"{STAGING_PREFIX}*"):
+        try:
+            with files.locked(folder / LOCK, wait=False):
+                log.info("removing %s, left by a run that died", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+        except BusyError:
+            continue
+
+
+def _next_version(home: Path) -> int:
+    names = [path.name for path in home.iterdir()] if home.is_dir() else []
+    return max((int(name) for name in names if bundle.VERSION.fullmatch(name)), default=0) + 1
+
+
+def _write_golden(path: Path, data: Dataset, checked: Checked) -> None:
+    """Keep the first test images of every class, and the hostile ones, with the reference."""
+    test = dataset.load(data).test
+    rows = np.concatenate(
+        [
+            np.flatnonzero(test.labels == label)[:GOLDEN_ROWS_PER_CLASS]
+            for label in range(len(data.labels))
+        ]
+    )
+    with np.load(checked.answers, allow_pickle=False) as answers:
+        np.savez_compressed(
+            path,
+            images=test.images[rows],
+            labels=test.labels[rows].astype(np.int64),
+            logits=answers["reference"][rows],
+            hostile_images=answers["hostile_images"],
+            hostile_logits=answers["hostile_reference"],
+        )
+
+
+def _listed(path: Path) -> list[bundle_pb2.File]:
+    return [
+        bundle_pb2.File(
+            path=file.relative_to(path).as_posix(),
+            sha256=bundle.file_sha256(file),
+            size_bytes=file.stat().st_size,
+        )
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    ]
+
+
+def _manifest(  # noqa: PLR0913
+    run: str,
+    config: Config,
+    data: Dataset,
+    trained: Trained,
+    scores: Scores,
+    checked: Checked,
+) -> bundle_pb2.BundleManifest:
+    classes = len(data.labels)
+    shape = dataset.load(data).test.images.shape[1:]
+    manifest = bundle_pb2.BundleManifest(
+        format=bundle.FORMAT,
+        kind=bundle_pb2.KIND_CLASSIFIER,
+        input=bundle_pb2.TensorSpec(name="image", datatype="UINT8", shape=(-1, *shape)),
+        outputs=[
+            bundle_pb2.TensorSpec(name=name, datatype="FP32", shape=(-1, classes))
+            for name in ("probabilities", "logits")
+        ],
+        labels=data.labels,
+        session=parity.session_options(),
+        served_variant=checked.served_variant,
+        dataset=bundle_pb2.Dataset(
+            name=data.name,
+            sha256=data.sha256,
+            train_rows=data.train_rows,
+            validation_rows=data.validation_rows,
+            test_rows=data.test_rows,
+            split_seed=data.split_seed,
+        ),
+        training=_training(config, trained),
+        evaluation=_evaluation(config, trained, scores),
+        parity=[_located(parity.read_report(report)) for report in checked.reports],
+        provenance=bundle_pb2.Provenance(
+            run=run,
+            created=_now(),
+            git_commit=_git_commit(),
+            parent_sha256=trained.sha256,
+            tools={tool: package_version(tool) for tool in TOOLS},
+            dataset_license=data.license,
+        ),
+    )
+    return manifest
+
+
+def _training(config: Config, trained: Trained) -> bundle_pb2.Training:
+    training = bundle_pb2.Training(
+        preset=config.preset,
+        architecture=config.training.architecture,
+        parameters=trained.parameters,
+        seed=config.training.seed,
+        batch_rows=config.training.batch_rows,
+        learning_rate=config.training.learning_rate,
+        optimizer=trained.optimizer,
+        device=trained.device,
+        best_epoch=trained.best_epoch,
+    )
+    for epoch in trained.history:
+        training.history.add(
+            number=epoch.number,
+            loss=epoch.loss,
+            accuracy=epoch.accuracy,
+            validation_loss=epoch.validation_loss,
+            validation_accuracy=epoch.validation_accuracy,
+            seconds=epoch.seconds,
+        )
+    return training
+
+
+def _evaluation(config: Config, trained: Trained, scores: Scores) -> bundle_pb2.Evaluation:
+    right = np.arange(scores.rows) < scores.correct
+    evaluation = bundle_pb2.Evaluation(
+        accuracy=agreement.accuracy(right),
+        loss=scores.loss,
+        confusion=[bundle_pb2.Evaluation.ConfusionRow(predicted=row) for row in scores.confusion],
+        min_accuracy=config.gate.min_accuracy,
+        size_bytes=trained.path.stat().st_size,
+        images_per_second=scores.images_per_second,
+        batch_rows=scores.batch_rows,
+    )
+    for one in scores.classes:
+        evaluation.classes.add(
+            label=one.label, precision=one.precision, recall=one.recall, rows=one.rows
+        )
+    return evaluation
+
+
+def _located(report: bundle_pb2.ParityReport) -> bundle_pb2.ParityReport:
+    """Say where in the bundle the measured file is."""
+    names = {
+        "saved-model": "variants/saved_model",
+        "tflite-float32": "variants/model.float32.tflite",
+        "onnx-float32": "variants/model.float32.onnx",
+    }
+    report.path = names[report.variant]
+    return report
+
+
+def _now() -> str:
+    now = timestamp_pb2.Timestamp()
+    now.FromDatetime(datetime.now(UTC).replace(microsecond=0))
+    return now.ToJsonString()
+
+
+def _git_commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(  # noqa: S603  fixed words
+            ("git", *words),
+            cwd=Path(__file__).parent,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _triton_config(manifest: bundle_pb2.BundleManifest) -> str:
+    """Return the model's configuration for Triton, which can serve the same folder."""
+    outputs = ",\n".join(_triton_tensor(spec) for spec in manifest.outputs)
+    return (
+        f'name: "{manifest.name}"\nbackend: "onnxruntime"\nmax_batch_size: 256\n'
+        f"input [\n{_triton_tensor(manifest.input)}\n]\noutput [\n{outputs}\n]\n"
+        "dynamic_batching {}\n"
+    )
+
+
+def _triton_tensor(spec: bundle_pb2.TensorSpec) -> str:
+    dims = ", ".join(map(str, spec.shape[1:]))
+    return f'  {{ name: "{spec.name}", data_type: TYPE_{spec.datatype}, dims: [ {dims} ] }}'

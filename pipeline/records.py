@@ -1,0 +1,110 @@
+"""What one stage hands to the next: frozen, paths and numbers only, never arrays or models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Verified images on disk and how they are split."""
+
+    name: str
+    folder: Path  # of the four decompressed IDX files
+    sha256: str  # of the four, one after the other
+    license: str  # SPDX name
+    labels: tuple[str, ...]
+    train_rows: int
+    validation_rows: int
+    test_rows: int
+    validation_share: float
+    split_seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """What one epoch came to; `number` starts at 1, losses are mean cross-entropies in nats."""
+
+    number: int
+    loss: float
+    accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained model on disk: the weights of its best epoch."""
+
+    path: Path  # of the .keras file
+    sha256: str
+    parameters: int
+    optimizer: str
+    device: str
+    history: tuple[Epoch, ...]
+    best_epoch: int  # the one with the lowest validation loss
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """How well one class is told from the rest."""
+
+    label: str
+    precision: float
+    recall: float
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The original model on the test images."""
+
+    correct: int
+    rows: int
+    loss: float
+    classes: tuple[ClassScore, ...]
+    confusion: tuple[tuple[int, ...], ...]  # one row a true class
+    images_per_second: float
+    batch_rows: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test images that got their own label."""
+        return self.correct / self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """One model in every format."""
+
+    saved_model: Path  # a folder
+    tflite: Path
+    onnx: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The parity of every export, and the answers it was judged by."""
+
+    reports: tuple[Path, ...]  # one ParityReport as JSON an export, in the order of the table
+    answers: Path  # .npz: `reference` and one entry a variant, logits of the test images, and
+    # `hostile_images` with `hostile_reference`
+    served_variant: str
+    scale: float  # of the budgets: median of the reference's largest |logit|
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A bundle that is written but not published."""
+
+    repository: Path  # hidden; a server can be started on it
+    path: Path  # of the bundle in it, NAME/VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A bundle in its final place."""
+
+    path: Path
+    name: str
+    version: int

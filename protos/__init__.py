@@ -1,0 +1,1 @@
+"""The contract between pipeline, server and clients: messages and services."""

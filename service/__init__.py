@@ -1,0 +1,1 @@
+"""The inference server: bundle folder in, answers out; onnxruntime and gRPC, never TensorFlow."""

@@ -1,0 +1,237 @@
+"""The command line `serve-export`: serve a repository, ask a server, read its parity.
+
+Exit status: 0 done, or stopped cleanly; 1 refused, with one sentence that says why; 2 wrong
+options. Only this module prints.
+"""
+
+import asyncio
+import inspect
+import json
+import logging
+import os
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from google.protobuf import json_format
+from rich.console import Console
+from rich.table import Table
+
+from protos import bundle_pb2, parity_pb2
+from service.errors import ServiceError
+from service.settings import ENVIRONMENT_PREFIX, Settings
+
+app = typer.Typer(
+    help="Serve published bundles over gRPC, and ask a server about images and its parity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+ADDRESS = Settings.__dataclass_fields__["address"].default
+Address = Annotated[
+    str,
+    typer.Option("--address", envvar=f"{ENVIRONMENT_PREFIX}ADDRESS", help="HOST:PORT of the server."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def serve(**options: Any) -> None:  # noqa: ANN401  typer passes what Settings declares
+    """Serve every bundle in a folder over gRPC until SIGTERM or Ctrl-C.
+
+    Prints one line, `serving on HOST:PORT`, once every version has passed its self-check on this
+    host; the log goes to standard error. A version that fails is refused and the rest are served.
+
+    Example: serve-export serve --repository models
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    # gRPC's core would repeat in its own words what we say in a sentence.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from service import server  # noqa: PLC0415  onnxruntime: only for who serves
+
+    try:
+        asyncio.run(
+            server.serve(
+                Settings(**options), lambda address: print(f"serving on {address}", flush=True)
+            )
+        )
+    except ServiceError as error:
+        fail(error)
+
+
+def _options() -> list[inspect.Parameter]:
+    """Make typer's parameters from the fields of Settings, the one list of options."""
+    return [_option(field) for field in fields(Settings)]
+
+
+def _option(field: Field[Any]) -> inspect.Parameter:
+    option = typer.Option(
+        f"--{field.name.replace('_', '-')}",
+        envvar=f"{ENVIRONMENT_PREFIX}{field.name.upper()}",
+        help=field.metadata["help"],
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if field.default is MISSING else field.default,
+        annotation=Annotated[field.type, option],
+    )
+
+
+serve.__signature__ = inspect.Signature(_options())  # type: ignore[attr-defined]
+app.command()(serve)
+
+
+@app.command()
+def predict(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="PNG or JPEG files of any size.")
+    ],
+    address: Address = ADDRESS,
+    model: Annotated[
+        str, typer.Option(help="Name of the model; unneeded while the server has one.")
+    ] = "",
+    version: Annotated[str, typer.Option(help="Its version; by default the highest.")] = "",
+    invert: Annotated[
+        bool, typer.Option("--invert", help="Swap light and dark, for pictures on white.")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="Labels to show for each image.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a server for the labels and probabilities of picture files.
+
+    A picture is turned upright, laid on black where it is transparent, made gray or RGB as the
+    model asks, fitted into the model's size with its proportions kept, and centred on black.
+
+    Example: serve-export predict shirt.png --invert
+    """
+    import numpy as np  # noqa: PLC0415  none of these to print the help
+
+    from service import pictures  # noqa: PLC0415
+    from service.client import Client  # noqa: PLC0415
+
+    try:
+        with Client(address) as client:
+            model = model or _only_model(client)
+            shape = tuple(client.metadata(model, version).inputs[0].shape[1:])
+            if len(shape) != 3:  # noqa: PLR2004  height, width, channels
+                fail(f"{model} takes tensors of shape {shape}, not pictures")
+            pixels = [pictures.read(path, shape, invert=invert) for path in images]
+            answer = client.predict(np.stack(pixels), model=model, version=version)
+    except ServiceError as error:
+        fail(error)
+    rows = [
+        sorted(zip(answer.labels, map(float, row), strict=True), key=lambda pair: -pair[1])
+        for row in answer.probabilities
+    ]
+    if as_json:
+        print_json(
+            [
+                {"image": str(path), "model": answer.model, "version": answer.version,
+                 "probabilities": dict(row)}
+                for path, row in zip(images, rows, strict=True)
+            ]
+        )
+        return
+    table = Table(title=f"{answer.model} version {answer.version}")
+    table.add_column("image", overflow="fold")
+    table.add_column("label", style="bold")
+    table.add_column("probability", justify="right")
+    for path, row in zip(images, rows, strict=True):
+        for place, (label, probability) in enumerate(row[:top]):
+            table.add_row("" if place else str(path), label, f"{probability:.2%}")
+        table.add_section()
+    console.print(table)
+    if not invert and any(pictures.has_light_border(one) for one in pixels):
+        console.print(
+            "A picture has a light border; if the model learnt light things on black, "
+            "as Fashion-MNIST's are, add --invert."
+        )
+
+
+@app.command()
+def parity(
+    address: Address = ADDRESS,
+    model: Annotated[str, typer.Option(help="Name of the model; by default all.")] = "",
+    version: Annotated[str, typer.Option(help="Its version; needs --model.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a server says about its own parity with the original TensorFlow model.
+
+    One row a variant, measured over the whole test set when the bundle was made; the served row
+    over gRPC before it was published; the self-check on the server's host when it loaded it.
+
+    Example: serve-export parity --address 127.0.0.1:8001
+    """
+    from service.client import Client  # noqa: PLC0415
+
+    try:
+        with Client(address) as client:
+            answer = client.parity(model, version)
+    except ServiceError as error:
+        fail(error)
+    if as_json:
+        print_json(json_format.MessageToDict(answer, preserving_proto_field_name=True))
+        return
+    for one in answer.versions:
+        console.print(_parity_table(one))
+        console.print(
+            f"self-check on {one.self_check.cpu}, {one.self_check.threads} threads, "
+            f"{one.self_check.checked}, {one.self_check.seconds * 1000:.0f} ms\n"
+        )
+
+
+def _parity_table(one: parity_pb2.VersionParity) -> Table:
+    table = Table(title=f"{one.model} version {one.version}: parity with the original model")
+    table.add_column("variant")
+    for name in ("images", "accuracy", "agreement", "max |Δlogit|", "allowed", "flips"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    served = [one.served] if one.HasField("served") else []
+    for report in [*one.variants, *served, one.self_check.report]:
+        table.add_row(*_parity_row(report))
+    return table
+
+
+def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
+    return [
+        report.variant,
+        str(report.accuracy.rows),
+        f"{report.accuracy.value:.2%}",
+        f"{report.agreement:.2%}",
+        f"{report.logits.max:.2g}",
+        f"{report.budget.max_logit:.2g}",
+        str(report.flips_explained + report.flips_unexplained),
+        "[green]passed[/]" if report.passed else f"[red]failed[/]: {report.failure}",
+    ]
+
+
+def _only_model(client: Any) -> str:  # noqa: ANN401  Client, which is imported late
+    names = sorted({model.name for model in client.models() if model.state == "READY"})
+    if len(names) != 1:
+        fail(f"the server has the models {', '.join(names) or 'none'}; choose one with --model")
+    return names[0]
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON, whatever the terminal's width."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def fail(reason: object) -> NoReturn:
+    """End with status 1 and one sentence on standard error."""
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escaped(reason)}", highlight=False)
+    raise typer.Exit(1)
+
+
+def _escaped(reason: object) -> str:
+    from rich.markup import escape  # noqa: PLC0415
+
+    return escape(str(reason))
+
+
+if __name__ == "__main__":
+    app()

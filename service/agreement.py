@@ -1,0 +1,238 @@
+"""Decide whether two ways of running one model give the same answers.
+
+The statistics and the verdict only, on arrays: nothing here runs a model or reads a file. The
+original TensorFlow model is the *reference*, what is held against it the *candidate*.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos import bundle_pb2
+
+Logits = NDArray[np.float32]  # (rows, classes)
+Labels = NDArray[np.integer]  # (rows,), the index of the true class
+
+# Allowed difference of a logit as a share of the reference's typical largest logit. float32: two
+# orders above the rounding that reordered sums cause, an order below what a wrong layer causes.
+COEFFICIENT = {"float32": 1e-5, "float16": 2e-3, "int8": 5e-2}
+INT8_MIN_AGREEMENT = 0.99
+INT8_MAX_ACCURACY_DROP = 0.003
+WILSON_Z = 1.959964  # 97.5th percentile of the normal distribution: a 95 % interval
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How far the logits of one class of candidates may be from the reference's."""
+
+    precision: str
+    scale: float
+
+    @property
+    def max_logit(self) -> float:
+        """Largest allowed absolute difference of a logit."""
+        return COEFFICIENT[self.precision] * self.scale
+
+    def message(self) -> bundle_pb2.Budget:
+        """Return the budget as it is stored and sent."""
+        return bundle_pb2.Budget(
+            precision=self.precision,
+            coefficient=COEFFICIENT[self.precision],
+            scale=self.scale,
+            max_logit=self.max_logit,
+        )
+
+
+def budget(precision: str, reference: Logits) -> Budget:
+    """Fix the budget from the reference alone, before any candidate is measured.
+
+    Args:
+        precision: `float32`, `float16` or `int8`.
+        reference: logits over the whole test set.
+
+    Raises:
+        ValueError: the precision has no coefficient, or there are no rows.
+    """
+    if precision not in COEFFICIENT:
+        raise ValueError(f"precision is {precision!r}, expected one of {sorted(COEFFICIENT)}")
+    if not len(reference):
+        raise ValueError("reference has no rows, expected the logits of the test set")
+    return Budget(precision, float(np.median(np.abs(reference).max(axis=1))))
+
+
+def compare(
+    reference: Logits,
+    candidate: Logits,
+    labels: Labels,
+    *,
+    allowed: Budget,
+    class_names: list[str],
+) -> bundle_pb2.ParityReport:
+    """Measure the candidate against the reference on the same rows and give the verdict.
+
+    A top-1 flip is explained if and only if the reference's margin between its two highest logits
+    is at most twice the budget: two logits that may each move by the budget can then change
+    places. It is never measured against the row's own difference, which would explain every flip.
+
+    Args:
+        reference: logits, float32 (rows, classes).
+        candidate: logits of the same rows.
+        labels: true classes of the same rows.
+        allowed: the candidate's budget.
+        class_names: name of each class, in the order of the logits.
+
+    Returns:
+        Everything that follows from the logits, `passed` and `failure` included. A candidate with
+        a logit that is not finite does not pass.
+
+    Raises:
+        ValueError: the arrays do not describe the same rows and classes.
+    """
+    _check_shapes(reference, candidate, labels, class_names)
+    truth = labels.astype(np.int64)
+    reference_top, candidate_top = reference.argmax(axis=1), candidate.argmax(axis=1)
+    flipped = reference_top != candidate_top
+    explained = flipped & (margins(reference) <= 2 * allowed.max_logit)
+    reference_right, right = reference_top == truth, candidate_top == truth
+    with np.errstate(invalid="ignore"):  # what is not finite is reported, not warned about
+        reference_probabilities, probabilities = softmax(reference), softmax(candidate)
+        report = bundle_pb2.ParityReport(
+            budget=allowed.message(),
+            reference_accuracy=accuracy(reference_right),
+            accuracy=accuracy(right),
+            mcnemar_p=mcnemar(
+                int((reference_right & ~right).sum()), int((right & ~reference_right).sum())
+            ),
+            agreement=float((~flipped).mean()),
+            flips_explained=int(explained.sum()),
+            flips_unexplained=int((flipped & ~explained).sum()),
+            logits=difference(reference, candidate),
+            probabilities=difference(reference_probabilities, probabilities),
+            kl_divergence=_kl_divergence(reference, candidate),
+        )
+    for index, name in enumerate(class_names):
+        mine = truth == index
+        report.classes.add(
+            label=name,
+            rows=int(mine.sum()),
+            reference_correct=int(reference_right[mine].sum()),
+            correct=int(right[mine].sum()),
+            same=int((~flipped)[mine].sum()),
+        )
+    judge(report)
+    return report
+
+
+def judge(report: bundle_pb2.ParityReport) -> None:
+    """Set `passed` and `failure` of a report from its figures and its budget.
+
+    To be called again when a figure was added, such as the hostile inputs.
+    """
+    report.failure = _failure(report)
+    report.passed = not report.failure
+
+
+def margins(logits: Logits) -> NDArray[np.float32]:
+    """Return how far each row's highest logit is above its second, float32 (rows,)."""
+    top_two = np.partition(logits, -2, axis=1)[:, -2:]
+    return top_two[:, 1] - top_two[:, 0]
+
+
+def softmax(logits: Logits) -> NDArray[np.float64]:
+    """Return the probabilities of each row in float64, shifted by its maximum first."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def difference(
+    reference: NDArray[np.floating], candidate: NDArray[np.floating]
+) -> bundle_pb2.Difference:
+    """Return max, mean and 99.9th percentile of the absolute differences of all elements."""
+    apart = np.abs(reference.astype(np.float64) - candidate.astype(np.float64))
+    return bundle_pb2.Difference(
+        max=float(apart.max()), mean=float(apart.mean()), p999=float(np.percentile(apart, 99.9))
+    )
+
+
+def accuracy(right: NDArray[np.bool_]) -> bundle_pb2.Accuracy:
+    """Count what is right, with a 95 % Wilson score interval (E. B. Wilson, JASA 22, 1927)."""
+    rows, correct = len(right), int(right.sum())
+    share, z2 = correct / rows, WILSON_Z**2
+    centre = (share + z2 / (2 * rows)) / (1 + z2 / rows)
+    half = WILSON_Z * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
+    return bundle_pb2.Accuracy(
+        rows=rows,
+        correct=correct,
+        value=share,
+        low=max(0.0, centre - half),
+        high=min(1.0, centre + half),
+    )
+
+
+def mcnemar(only_reference: int, only_candidate: int) -> float:
+    """Return the two-sided exact p-value of McNemar's test (Q. McNemar, Psychometrika 12, 1947).
+
+    Args:
+        only_reference: rows that only the reference got right.
+        only_candidate: rows that only the candidate got right.
+    """
+    discordant = only_reference + only_candidate
+    fewer = min(only_reference, only_candidate)
+    log_half = discordant * math.log(0.5)
+    tail = sum(math.exp(_log_choose(discordant, k) + log_half) for k in range(fewer + 1))
+    return min(1.0, 2 * tail)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _kl_divergence(reference: Logits, candidate: Logits) -> float:
+    log_reference, log_candidate = _log_softmax(reference), _log_softmax(candidate)
+    return float((np.exp(log_reference) * (log_reference - log_candidate)).sum(axis=1).mean())
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_probabilities: NDArray[np.float64] = shifted - np.log(
+        np.exp(shifted).sum(axis=1, keepdims=True)
+    )
+    return log_probabilities
+
+
+def _failure(report: bundle_pb2.ParityReport) -> str:
+    """Return why a report does not pass, or nothing. Written so that NaN never passes."""
+    limit = report.budget.max_logit
+    name = f"the {report.budget.precision} budget of {limit:.3g}"
+    is_int8 = report.budget.precision == "int8"
+    apart = report.logits.p999 if is_int8 else report.logits.max
+    if not apart <= limit:
+        which = "99.9th percentile of |Δlogit|" if is_int8 else "max |Δlogit|"
+        return f"{which} is {apart:.3g}, over {name}"
+    if report.HasField("hostile") and not is_int8 and not report.hostile.max_logit <= limit:
+        return f"max |Δlogit| on hostile inputs is {report.hostile.max_logit:.3g}, over {name}"
+    if report.flips_unexplained:
+        return (
+            f"{report.flips_unexplained} rows change their top-1 class although the reference's "
+            f"margin is wider than twice {name}"
+        )
+    if is_int8 and not report.agreement >= INT8_MIN_AGREEMENT:
+        return f"top-1 agreement is {report.agreement:.4f}, expected {INT8_MIN_AGREEMENT}"
+    drop = report.reference_accuracy.value - report.accuracy.value
+    if is_int8 and not drop <= INT8_MAX_ACCURACY_DROP:
+        return f"accuracy drops by {drop:.4f}, allowed are {INT8_MAX_ACCURACY_DROP}"
+    return ""
+
+
+def _check_shapes(
+    reference: Logits, candidate: Logits, labels: Labels, class_names: list[str]
+) -> None:
+    expected = (len(labels), len(class_names))
+    if not len(labels) or len(class_names) < 2:  # noqa: PLR2004  a margin needs two classes
+        raise ValueError(f"rows and classes are {expected}, expected at least (1, 2)")
+    for name, logits in (("reference", reference), ("candidate", candidate)):
+        if logits.shape != expected:
+            raise ValueError(f"{name} has shape {logits.shape}, expected {expected}")

@@ -1,0 +1,1 @@
+"""Ways onto the wire: each takes calls off a transport and asks `service.rpc`."""

@@ -1,0 +1,72 @@
+"""Compose the server: repository, rpc and front; start, wait for a signal, drain, stop."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from service.front.grpcio import GrpcioFront
+from service.repository import Repository
+from service.rpc import Rpc
+from service.session import cores
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    The address is taken before the models are loaded, so that a clash shows at once and a probe
+    finds a live server that is not ready yet.
+
+    Args:
+        settings: how.
+        announce: told the address once every model is loaded.
+
+    Raises:
+        AddressError: the address cannot be listened on.
+        RepositoryError: there is nothing to serve.
+    """
+    threads = settings.threads or cores()
+    repository = Repository(
+        settings.repository, threads=threads, max_batch_rows=settings.max_batch_rows
+    )
+    front = GrpcioFront(Rpc(repository), model_threads=threads)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if settings.stop_with_stdin:
+        threading.Thread(target=_watch_stdin, args=(loop, stop), daemon=True).start()
+    address = await front.start(settings.address)
+    try:
+        await _load(repository, stop)
+        if not stop.is_set():
+            await front.set_serving()
+            announce(address)
+        await stop.wait()
+        log.info("stopping: no new calls, up to %.0f s for those in flight", settings.drain_s)
+    finally:
+        await front.stop(settings.drain_s)
+    log.info("stopped")
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Stop once standard input ends; a thread, because files and terminals cannot be polled."""
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: its lock would outlive us
+        pass
+    loop.call_soon_threadsafe(stop.set)
+
+
+async def _load(repository: Repository, stop: asyncio.Event) -> None:
+    """Load in a thread, but do not hold up a stop that comes meanwhile."""
+    loading = asyncio.create_task(asyncio.to_thread(repository.load))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if loading.done():
+        await loading
