@@ -6,7 +6,7 @@ with Ctrl-C. Only this module prints.
 
 import os
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -55,7 +55,8 @@ def run(  # noqa: PLR0913  one parameter an option
         Path, typer.Option(help="Folder for checkpoints and exports, one a set of settings.")
     ] = Path("runs"),
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images; by default the preset's.")
+        int | None,
+        typer.Option(help="Passes over the training images; by default the preset's."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
     fresh: Annotated[
@@ -94,14 +95,15 @@ def run(  # noqa: PLR0913  one parameter an option
     _show(Path(path), models)
 
 
-def _flow(**parameters: object) -> str:
+def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
     # TensorFlow reports a missing GPU driver as an error, also where there is no GPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
     from pipeline.flow import train_export  # noqa: PLC0415  seconds; not to print the help
 
-    return train_export(**parameters)
+    path: str = train_export(**parameters)
+    return path
 
 
 def _show(path: Path, models: Path) -> None:

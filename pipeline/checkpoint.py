@@ -40,7 +40,10 @@ def save(folder: Path, model: keras.Model, history: tuple[Epoch, ...]) -> None:
     files.sync(partial)
     path = folder / f"epoch-{number:04}.keras"
     partial.replace(path)
-    record = {"sha256": bundle.file_sha256(path), "history": [asdict(epoch) for epoch in history]}
+    record = {
+        "sha256": bundle.file_sha256(path),
+        "history": [asdict(epoch) for epoch in history],
+    }
     files.write_whole(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
     kept = {number, best(history).number}
     for other in folder.glob("epoch-*.json"):
@@ -85,4 +88,3 @@ def _read(record: Path) -> State | None:
 
 def _number(path: Path) -> int:
     return int(path.stem.removeprefix("epoch-"))
-

@@ -54,9 +54,10 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     Returns:
         The path of the published bundle.
     """
+    given = data or os.environ.get("TRAIN_EXPORT_DATA")
     settings = config.from_preset(
         preset,
-        data=Path(folder) if (folder := data or os.environ.get("TRAIN_EXPORT_DATA")) else None,
+        data=Path(given) if given else None,
         models=Path(models),
         runs=Path(runs),
         epochs=epochs,
@@ -66,7 +67,10 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     run_id = str(flow_run.id)
     prepared = stage(dataset.prepare)(settings.data)
     folder = train.run_folder(settings.runs, preset, prepared, settings.training)
-    with files.locked(folder / "lock", wait=False), publish.staging(settings.publishing) as hidden:
+    with (
+        files.locked(folder / "lock", wait=False),
+        publish.staging(settings.publishing) as hidden,
+    ):
         trained = stage(train.fit)(prepared, settings.training, folder)
         scores = stage(evaluate.score)(trained, prepared, settings.gate)
         exports = stage(export.convert)(trained, prepared, folder / "exports", run_id)

@@ -21,7 +21,7 @@ def answer(model: Path, images: Path, answers: Path, threads: int) -> None:
 
     Args:
         model: the .tflite file.
-        images: .npz of uint8 arrays named by their place, one a batch, run in that order.
+        images: .npz of uint8 arrays, one a batch, as `numpy.savez` names them by their place.
         answers: .npz to write: `logits` of all rows, and `seconds` of each batch.
         threads: of the interpreter.
     """
@@ -30,7 +30,7 @@ def answer(model: Path, images: Path, answers: Path, threads: int) -> None:
     logits, seconds = [], []
     with np.load(images, allow_pickle=False) as batches:
         for place in range(len(batches.files)):
-            batch = batches[str(place)]
+            batch = batches[f"arr_{place}"]
             started_s = time.monotonic()
             logits.append(run(image=batch)["logits"])
             seconds.append(time.monotonic() - started_s)

@@ -98,6 +98,7 @@ def check(trained: Trained, exports: Exports, data: Dataset, folder: Path) -> Ch
         reports=tuple(reports),
         answers=folder / "answers.npz",
         served_variant=SERVED_VARIANT,
+        precision=allowed.precision,
         scale=allowed.scale,
     )
 
@@ -127,9 +128,7 @@ def size_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
-def _answer(
-    run: Runner, images: Images, hostile: Images
-) -> tuple[float, Logits, Logits]:
+def _answer(run: Runner, images: Images, hostile: Images) -> tuple[float, Logits, Logits]:
     """Run the hostile inputs first, which warms up, then every image; seconds are of the images."""
     starts = np.cumsum((0, *HOSTILE_BATCHES[:-1]))
     odd = [hostile[s : s + rows] for s, rows in zip(starts, HOSTILE_BATCHES, strict=True)]
@@ -143,9 +142,7 @@ def _answer(
     )
 
 
-def _add_hostile(
-    report: bundle_pb2.ParityReport, reference: Logits, logits: Logits
-) -> None:
+def _add_hostile(report: bundle_pb2.ParityReport, reference: Logits, logits: Logits) -> None:
     report.hostile.rows = len(logits)
     report.hostile.batch_sizes.extend(HOSTILE_BATCHES)
     report.hostile.max_logit = agreement.difference(reference, logits).max
@@ -172,9 +169,13 @@ def _timed(answer: Callable[[Images], Logits]) -> Runner:
 
 def _saved_model(folder: Path) -> Runner:
     loaded = tf.saved_model.load(str(folder))
-    serve = loaded.signatures["serving_default"]
-    # `loaded` owns the variables: the default argument keeps it alive as long as the function.
-    return _timed(lambda batch, _=loaded: serve(image=tf.constant(batch))["logits"].numpy())
+
+    def answer(batch: Images) -> Logits:
+        serve = loaded.signatures["serving_default"]  # `loaded` owns the variables: keep it alive
+        logits: Logits = serve(image=tf.constant(batch))["logits"].numpy()
+        return logits
+
+    return _timed(answer)
 
 
 def _onnx(path: Path) -> Runner:
@@ -186,7 +187,7 @@ def _tflite(path: Path) -> Runner:
     def run(batches: list[Images]) -> tuple[list[Logits], list[float]]:
         with tempfile.TemporaryDirectory() as folder:
             images, answers = Path(folder, "images.npz"), Path(folder, "answers.npz")
-            np.savez(images, **{str(place): batch for place, batch in enumerate(batches)})
+            np.savez(images, *batches)
             command = (sys.executable, "-m", "pipeline.litert", path, images, answers, cores())
             done = subprocess.run(  # noqa: S603  our own module
                 [str(word) for word in command], capture_output=True, text=True, check=False

@@ -11,7 +11,7 @@ from prefect.plugins import register_hook
 
 
 @register_hook
-def setup_environment(*, ctx: Any) -> None:  # noqa: ANN401, ARG001  Prefect's own signature
+def setup_environment(*, ctx: Any) -> None:  # noqa: ANN401  Prefect's own signature
     """Wrap the client's look-up once; Prefect calls this while it is imported."""
     from prefect.client.orchestration import PrefectClient  # noqa: PLC0415  not importable sooner
 
@@ -23,7 +23,7 @@ def setup_environment(*, ctx: Any) -> None:  # noqa: ANN401, ARG001  Prefect's o
         return await stock(self, await _full_name(self, name))
 
     read_deployment_by_name.takes_bare_names = True  # type: ignore[attr-defined]
-    PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign]
+    PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign, assignment]
 
 
 async def _full_name(client: Any, name: str) -> str:  # noqa: ANN401  PrefectClient

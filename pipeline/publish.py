@@ -188,7 +188,7 @@ def _listed(path: Path) -> list[bundle_pb2.File]:
     ]
 
 
-def _manifest(  # noqa: PLR0913
+def _manifest(
     run: str,
     config: Config,
     data: Dataset,
@@ -198,7 +198,7 @@ def _manifest(  # noqa: PLR0913
 ) -> bundle_pb2.BundleManifest:
     classes = len(data.labels)
     shape = dataset.load(data).test.images.shape[1:]
-    manifest = bundle_pb2.BundleManifest(
+    return bundle_pb2.BundleManifest(
         format=bundle.FORMAT,
         kind=bundle_pb2.KIND_CLASSIFIER,
         input=bundle_pb2.TensorSpec(name="image", datatype="UINT8", shape=(-1, *shape)),
@@ -229,7 +229,6 @@ def _manifest(  # noqa: PLR0913
             dataset_license=data.license,
         ),
     )
-    return manifest
 
 
 def _training(config: Config, trained: Trained) -> bundle_pb2.Training:

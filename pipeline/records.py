@@ -90,6 +90,7 @@ class Checked:
     answers: Path  # .npz: `reference` and one entry a variant, logits of the test images, and
     # `hostile_images` with `hostile_reference`
     served_variant: str
+    precision: str  # of its budget
     scale: float  # of the budgets: median of the reference's largest |logit|
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from protos import bundle_pb2
@@ -11,9 +12,12 @@ COLUMNS = ("format", "size", "test accuracy", "agreement", "max |Δlogit|", "ima
 
 def table(manifest: bundle_pb2.BundleManifest) -> Table:
     """Return one row a format: the original first, the served model last."""
-    drawn = Table(title=f"{manifest.name} version {manifest.version}, on {_images(manifest)}")
+    drawn = Table(
+        title=f"{manifest.name} version {manifest.version}, on {_images(manifest)}",
+        box=box.SIMPLE_HEAD,
+    )
     for column in COLUMNS:
-        drawn.add_column(column, justify="left" if column == "format" else "right")
+        drawn.add_column(column, justify="left" if column == "format" else "right", no_wrap=True)
     for row in rows(manifest):
         drawn.add_row(*row)
     return drawn
@@ -35,7 +39,7 @@ def rows(manifest: bundle_pb2.BundleManifest) -> list[tuple[str, ...]]:
     """Return the cells of the table, one tuple a format."""
     original = manifest.evaluation
     first = (
-        "TensorFlow (original)",
+        "original (Keras)",
         _size(original.size_bytes),
         f"{original.accuracy.value:.2%}",
         "",
@@ -46,7 +50,7 @@ def rows(manifest: bundle_pb2.BundleManifest) -> list[tuple[str, ...]]:
 
 
 def _row(report: bundle_pb2.ParityReport) -> tuple[str, ...]:
-    served = " over gRPC" if report.variant == "served" else ""
+    served = " (gRPC)" if report.variant == "served" else ""
     return (
         report.variant + served,
         _size(report.size_bytes),
@@ -59,7 +63,7 @@ def _row(report: bundle_pb2.ParityReport) -> tuple[str, ...]:
 
 def _images(manifest: bundle_pb2.BundleManifest) -> str:
     allowed = manifest.served.budget.max_logit
-    return f"{manifest.dataset.test_rows:,} test images, |Δlogit| up to {allowed:.2e} allowed"
+    return f"{manifest.dataset.test_rows:,} test images; |Δlogit| may be {allowed:.1e}"
 
 
 def _size(size_bytes: int) -> str:

@@ -20,7 +20,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from pipeline import checkpoint, dataset, device, models
 from pipeline.config import TrainingConfig
@@ -155,7 +161,7 @@ def _batches(split: dataset.Split, config: TrainingConfig, done: int) -> tf.data
     )
 
 
-class _RandomState(keras.callbacks.Callback):  # type: ignore[misc]  Keras is untyped
+class _RandomState(keras.callbacks.Callback):
     """Set each random layer's state from (seed, epoch, place): it is not in a checkpoint."""
 
     def __init__(self, seed: int) -> None:
@@ -176,7 +182,7 @@ def _seed_generators(model: keras.Model) -> Iterator[keras.random.SeedGenerator]
             yield layer.seed_generator
 
 
-class _Keeper(keras.callbacks.Callback):  # type: ignore[misc]  Keras is untyped
+class _Keeper(keras.callbacks.Callback):
     """Write a checkpoint and a line of log at the end of every epoch."""
 
     def __init__(self, folder: Path, history: tuple[Epoch, ...], epochs: int) -> None:
@@ -214,7 +220,7 @@ class _Keeper(keras.callbacks.Callback):  # type: ignore[misc]  Keras is untyped
         )  # fmt: skip
 
 
-class _Bar(keras.callbacks.Callback):  # type: ignore[misc]  Keras is untyped
+class _Bar(keras.callbacks.Callback):
     """Move a bar on the terminal; there is none where the output is not a terminal."""
 
     def __init__(self, progress: Progress, steps: int, epochs: int) -> None:
@@ -227,7 +233,8 @@ class _Bar(keras.callbacks.Callback):  # type: ignore[misc]  Keras is untyped
         self._progress.reset(self._task, description=f"epoch {epoch + 1} of {self._epochs}")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self._progress.update(self._task, completed=batch + 1, **(logs or {}))
+        loss = (logs or {}).get("loss", float("nan"))
+        self._progress.update(self._task, completed=batch + 1, loss=loss)
 
 
 def _progress() -> Progress:

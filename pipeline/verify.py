@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from google.protobuf import json_format
+from numpy.typing import NDArray
 
 from pipeline import dataset, files
 from pipeline.errors import ParityError, PublishError
 from pipeline.records import Checked, Dataset, Staged
+from protos import bundle_pb2
 from service import agreement, bundle
 from service.client import Client
 from service.errors import ServiceError
@@ -50,48 +52,59 @@ def ask(staged: Staged, checked: Checked, data: Dataset, folder: Path) -> Path:
         ParityError: its answers are over the budget, or not those of the file it loaded.
     """
     test = dataset.load(data).test
-    name, number = staged.path.parent.name, staged.path.name
-    manifest = bundle.read_manifest(staged.path)
     with np.load(checked.answers, allow_pickle=False) as answers:
         reference, unserved = answers["reference"], answers[checked.served_variant]
     with _server(staged.repository) as address:
         log.info("asking the server on %s for %d images", address, len(test.images))
-        try:
-            with Client(address) as client:
-                client.wait_ready(START_S)
-                client.predict(test.images[:BATCH_ROWS], model=name, version=number)  # connects
-                started_s = time.monotonic()
-                answer = client.predict(test.images, model=name, version=number)
-                seconds = time.monotonic() - started_s
-        except ServiceError as error:
-            raise PublishError(f"the staged bundle was not served: {error}") from error
-    logits = answer.logits.astype(np.float32, copy=False)
-    precision = next(r for r in manifest.parity if r.variant == checked.served_variant).budget
+        logits, seconds = _predict(address, staged, test.images)
     report = agreement.compare(
         reference,
         logits,
         test.labels,
-        allowed=agreement.Budget(precision.precision, precision.scale),
+        allowed=agreement.Budget(checked.precision, checked.scale),
         class_names=list(data.labels),
     )
     report.variant, report.runtime, report.path = "served", RUNTIME, bundle.MODEL
     report.size_bytes = (staged.path / bundle.MODEL).stat().st_size
     report.images_per_second, report.batch_rows = len(logits) / seconds, BATCH_ROWS
     path = folder / "served.json"
-    files.write_whole(
-        path, json_format.MessageToJson(report, preserving_proto_field_name=True).encode()
-    )
+    text = json_format.MessageToJson(report, preserving_proto_field_name=True)
+    files.write_whole(path, text.encode())
+    _judge(report, agreement.difference(unserved, logits).max)
+    return path
+
+
+def _predict(
+    address: str, staged: Staged, images: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], float]:
+    """Return the logits of every image, and the seconds it took once connected."""
+    name, number = staged.path.parent.name, staged.path.name
+    try:
+        with Client(address) as client:
+            client.wait_ready(START_S)
+            client.predict(images[:BATCH_ROWS], model=name, version=number)
+            started_s = time.monotonic()
+            answer = client.predict(images, model=name, version=number)
+            seconds = time.monotonic() - started_s
+    except ServiceError as error:
+        raise PublishError(f"the staged bundle was not served: {error}") from error
+    return answer.logits.astype(np.float32, copy=False), seconds
+
+
+def _judge(report: bundle_pb2.ParityReport, apart: float) -> None:
+    """Refuse what is over its budget, or `apart` from what the file answered without a server."""
     if not report.passed:
         raise ParityError(f"nothing is published, as served: {report.failure}")
-    apart = agreement.difference(unserved, logits).max
     if not apart <= SAME_LOGIT:
         raise ParityError(
             f"nothing is published: the server's logits are {apart:.3g} from those of the file "
             f"it loaded, expected at most {SAME_LOGIT:g}"
         )
-    log.info("served: max |Δlogit| %.2g, agreement %.2f %%: passed",
-             report.logits.max, 100 * report.agreement)  # fmt: skip
-    return path
+    log.info(
+        "served: max |Δlogit| %.2g, agreement %.2f %%: passed",
+        report.logits.max,
+        100 * report.agreement,
+    )
 
 
 @contextmanager

@@ -11,16 +11,20 @@ import logging
 import os
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from google.protobuf import json_format
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from protos import bundle_pb2, parity_pb2
 from service.errors import ServiceError
 from service.settings import ENVIRONMENT_PREFIX, Settings
+
+if TYPE_CHECKING:
+    from service.client import Client
 
 app = typer.Typer(
     help="Serve published bundles over gRPC, and ask a server about images and its parity.",
@@ -29,10 +33,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 console = Console()
-ADDRESS = Settings.__dataclass_fields__["address"].default
+ADDRESS = str(Settings.__dataclass_fields__["address"].default)
 Address = Annotated[
     str,
-    typer.Option("--address", envvar=f"{ENVIRONMENT_PREFIX}ADDRESS", help="HOST:PORT of the server."),
+    typer.Option(
+        "--address", envvar=f"{ENVIRONMENT_PREFIX}ADDRESS", help="HOST:PORT of the server."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
@@ -86,7 +92,7 @@ app.command()(serve)
 
 
 @app.command()
-def predict(
+def predict(  # noqa: PLR0913  one parameter an option
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="PNG or JPEG files of any size.")
     ],
@@ -130,8 +136,12 @@ def predict(
     if as_json:
         print_json(
             [
-                {"image": str(path), "model": answer.model, "version": answer.version,
-                 "probabilities": dict(row)}
+                {
+                    "image": str(path),
+                    "model": answer.model,
+                    "version": answer.version,
+                    "probabilities": dict(row),
+                }
                 for path, row in zip(images, rows, strict=True)
             ]
         )
@@ -185,10 +195,12 @@ def parity(
 
 
 def _parity_table(one: parity_pb2.VersionParity) -> Table:
-    table = Table(title=f"{one.model} version {one.version}: parity with the original model")
-    table.add_column("variant")
-    for name in ("images", "accuracy", "agreement", "max |Δlogit|", "allowed", "flips"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title=f"{one.model} version {one.version}: parity with the original", box=box.SIMPLE_HEAD
+    )
+    table.add_column("variant", no_wrap=True)
+    for name in ("images", "accuracy", "agreement", "max |Δ|", "allowed", "flips"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
     served = [one.served] if one.HasField("served") else []
     for report in [*one.variants, *served, one.self_check.report]:
@@ -209,7 +221,7 @@ def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
     ]
 
 
-def _only_model(client: Any) -> str:  # noqa: ANN401  Client, which is imported late
+def _only_model(client: "Client") -> str:
     names = sorted({model.name for model in client.models() if model.state == "READY"})
     if len(names) != 1:
         fail(f"the server has the models {', '.join(names) or 'none'}; choose one with --model")
@@ -223,7 +235,9 @@ def print_json(value: object) -> None:
 
 def fail(reason: object) -> NoReturn:
     """End with status 1 and one sentence on standard error."""
-    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escaped(reason)}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(
+        f"[red]error:[/] {_escaped(reason)}", highlight=False
+    )
     raise typer.Exit(1)
 
 

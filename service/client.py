@@ -29,7 +29,12 @@ OPTIONS = (
 )
 BATCH_ROWS = 128  # sent in one request to a server that does not say what it takes
 # How gRPC's own core words it when there was no server to refuse the call.
-UNREACHABLE = ("failed to connect", "DNS resolution failed", "Connection reset", "Socket closed")
+UNREACHABLE = (
+    "failed to connect",
+    "DNS resolution failed",
+    "Connection reset",
+    "Socket closed",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +117,7 @@ class Client:
         request = inference_pb2.RepositoryIndexRequest()
         return list(self._call(self._inference.RepositoryIndex, request).models)
 
-    def metadata(
-        self, model: str, version: str = ""
-    ) -> inference_pb2.ModelMetadataResponse:
+    def metadata(self, model: str, version: str = "") -> inference_pb2.ModelMetadataResponse:
         """Return a model's tensors, versions and properties."""
         request = inference_pb2.ModelMetadataRequest(name=model, version=version)
         return self._call(self._inference.ModelMetadata, request)
@@ -163,7 +166,7 @@ class Client:
         request = inference_pb2.ModelInferRequest(
             model_name=about.name,
             model_version=version,
-            raw_input_contents=[np.ascontiguousarray(batch, DTYPE[datatype]).tobytes()],
+            raw_input_contents=[batch.astype(DTYPE[datatype], copy=False).tobytes()],
         )
         request.inputs.add(name=about.inputs[0].name, datatype=datatype, shape=batch.shape)
         return self._call(self._inference.ModelInfer, request)

@@ -36,9 +36,7 @@ def properties(served: Version, max_batch_rows: int) -> dict[str, str]:
     """Return what ModelMetadata says beyond the tensors, by dotted names."""
     manifest, check = served.manifest, served.self_check.report
     model = next(file for file in manifest.files if file.path == bundle.MODEL)
-    report = next(
-        report for report in manifest.parity if report.variant == manifest.served_variant
-    )
+    report = next(report for report in manifest.parity if report.variant == manifest.served_variant)
     return {
         "labels": json.dumps(list(manifest.labels)),
         "max_batch_rows": str(max_batch_rows),

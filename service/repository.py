@@ -231,7 +231,9 @@ def load_version(path: Path, *, threads: int, max_batch_rows: int) -> Version:
     session.warm_up(max_batch_rows)
     report = _answer_golden(content, session, max_batch_rows)
     if not report.passed:
-        raise BundleError(f"{bundle.shown(path)} fails its self-check on this host: {report.failure}")
+        raise BundleError(
+            f"{bundle.shown(path)} fails its self-check on this host: {report.failure}"
+        )
     checked = timestamp_pb2.Timestamp()
     checked.FromDatetime(datetime.now(UTC).replace(microsecond=0))
     return Version(
@@ -277,7 +279,8 @@ def _answer_golden(
     """Hold the loaded model against the golden set, to the budget it was published with."""
     golden, manifest = content.golden, content.manifest
     published = next(
-        (report for report in manifest.parity if report.variant == manifest.served_variant), None
+        (report for report in manifest.parity if report.variant == manifest.served_variant),
+        None,
     )
     if published is None or published.budget.precision not in agreement.COEFFICIENT:
         raise BundleError(
@@ -297,7 +300,9 @@ def _answer_golden(
         report.hostile.rows = len(hostile)
         report.hostile.max_logit = agreement.difference(golden.hostile_logits, hostile).max
     except ValueError as error:
-        raise BundleError(f"{bundle.shown(content.path)} has an unusable golden set: {error}") from error
+        raise BundleError(
+            f"{bundle.shown(content.path)} has an unusable golden set: {error}"
+        ) from error
     agreement.judge(report)
     report.variant, report.runtime, report.path = "self-check", RUNTIME, bundle.MODEL
     report.size_bytes = len(content.model)

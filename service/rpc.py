@@ -82,7 +82,8 @@ class Rpc:
                 pb.RepositoryIndexRequest.FromString, self._index
             ),
             f"/{SERVICES[1]}/GetParity": Method(
-                parity_pb2.GetParityRequest.FromString, lambda request: get_parity(repository, request)
+                parity_pb2.GetParityRequest.FromString,
+                lambda request: get_parity(repository, request),
             ),
         }
 
@@ -109,15 +110,9 @@ class Rpc:
         except errors.ServiceError as error:
             if type(error) in STATUS:
                 raise CallError(STATUS[type(error)], str(error)) from error
-            raise self._internal(path) from error
+            raise _internal(path, error) from error
         except Exception as error:
-            raise self._internal(path) from error
-
-    def _internal(self, path: str) -> CallError:
-        """Log what went wrong and tell the client no more than where to find it in the log."""
-        token = secrets.token_hex(4)
-        log.exception("call failed: %s, request %s", path, token)
-        return CallError(Status.INTERNAL, f"internal error, request {token}")
+            raise _internal(path, error) from error
 
     def _live(self, _: inference_pb2.ServerLiveRequest) -> inference_pb2.ServerLiveResponse:
         return inference_pb2.ServerLiveResponse(live=True)
@@ -162,9 +157,7 @@ class Rpc:
                 listing.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
         return response
 
-    def _infer(
-        self, request: inference_pb2.ModelInferRequest
-    ) -> inference_pb2.ModelInferResponse:
+    def _infer(self, request: inference_pb2.ModelInferRequest) -> inference_pb2.ModelInferResponse:
         try:
             served = self._repository.get(request.model_name, request.model_version)
             return self._answered(request, served)
@@ -177,9 +170,7 @@ class Rpc:
         self, request: inference_pb2.ModelInferRequest, served: Version
     ) -> inference_pb2.ModelInferResponse:
         names = tensors.requested(request, list(served.manifest.outputs))
-        batch = tensors.decode(
-            request, served.manifest.input, self._repository.max_batch_rows
-        )
+        batch = tensors.decode(request, served.manifest.input, self._repository.max_batch_rows)
         answers = served.session.run(batch)
         response = inference_pb2.ModelInferResponse(
             model_name=served.name, model_version=str(served.number), id=request.id
@@ -202,3 +193,10 @@ class Rpc:
                     name=name, version=str(number), state="UNAVAILABLE", reason=reason
                 )
         return response
+
+
+def _internal(path: str, error: Exception) -> CallError:
+    """Log what went wrong and tell the client no more than where to find it in the log."""
+    token = secrets.token_hex(4)
+    log.error("call failed: %s, request %s", path, token, exc_info=error)
+    return CallError(Status.INTERNAL, f"internal error, request {token}")

@@ -47,9 +47,7 @@ class Tensor:
 class Session:
     """A model that is loaded. `run` may be called from several threads at once."""
 
-    def __init__(
-        self, model: bytes, options: bundle_pb2.SessionOptions, *, threads: int
-    ) -> None:
+    def __init__(self, model: bytes, options: bundle_pb2.SessionOptions, *, threads: int) -> None:
         """Load the model on the CPU; blocks, and holds the interpreter's lock meanwhile.
 
         Args:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from protos import bundle_pb2, inference_pb2
 from service.errors import InvalidRequestError
 
-DTYPE = {
-    "UINT8": np.dtype("uint8"),
+DTYPE: dict[str, np.dtype[np.generic]] = {
+    "UINT8": np.dtype("u1"),
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     "INT32": np.dtype("<i4"),

@@ -16,9 +16,7 @@ OPSET = 17
 AXIS = "batch"
 
 
-def write(
-    serve: tf.types.experimental.PolymorphicFunction, path: Path, metadata: Metadata
-) -> None:
+def write(serve: tf.types.experimental.PolymorphicFunction, path: Path, metadata: Metadata) -> None:
     """Convert, rename, describe, check.
 
     Raises:

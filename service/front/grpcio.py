@@ -22,7 +22,8 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),  # otherwise a second server shares the port without a word
 )
 CODES = {code.value[0]: code for code in grpc.StatusCode}
-Handler = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Handler = Callable[[bytes, Context], Awaitable[bytes]]
 
 
 class GrpcioFront:
@@ -92,7 +93,7 @@ class GrpcioFront:
     def _handler(self, path: str) -> Handler:
         computes = self._rpc.methods[path].computes
 
-        async def handle(content: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def handle(content: bytes, context: Context) -> bytes:
             try:
                 if not computes:
                     return self._rpc.call(path, content)

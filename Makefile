@@ -1,0 +1,81 @@
+# Everything a user or developer runs. `make` alone lists it.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash -o pipefail
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PROTOS := protos/inference.proto protos/bundle.proto protos/parity.proto
+SERVICES := protos/inference.proto protos/parity.proto
+COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-annotate --no-header
+ARGS ?=
+
+.PHONY: help
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+.PHONY: run
+run: $(STAMP) ## train, export, prove parity, publish and serve once: the whole flow (ARGS="--preset smoke")
+	$(BIN)/train-export run $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## the whole test suite, with coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+.PHONY: quick
+quick: $(STAMP) ## the tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+.PHONY: check
+check: $(STAMP) ## format, lint, types, layers, and that what is generated is fresh
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory protos
+	git diff --exit-code -- protos
+
+.PHONY: format
+format: $(STAMP) ## format and mend what can be mended
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+.PHONY: protos
+protos: $(STAMP) ## write the generated code again
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --mypy_out=quiet:. $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I . --grpc_python_out=. --mypy_grpc_out=quiet:. $(SERVICES)
+	sed -i 's/^from google.protobuf import descriptor_pool as/from protos import pool as/' protos/*_pb2.py
+
+.PHONY: lock
+lock: $(STAMP) ## resolve the requirements again (ARGS=--upgrade for newer versions)
+	$(COMPILE) --all-extras --group dev --output-file requirements/dev.txt $(ARGS)
+	$(COMPILE) --extra pipeline --constraints requirements/dev.txt --output-file requirements/pipeline.txt
+	$(COMPILE) --extra service --constraints requirements/dev.txt --output-file requirements/service.txt
+	awk '/^uv==/ { on = 1 } on { print } on && !/\\$$/ { exit }' requirements/dev.txt > requirements/uv.txt
+
+.PHONY: setup
+setup: $(STAMP) ## install everything into .venv, from the locks
+
+$(STAMP): requirements/dev.txt requirements/uv.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+		echo "error: TensorFlow needs Python 3.11 to 3.13, found $$($(PYTHON) --version 2>&1);" \
+			"name another with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+			&& apt-get --quiet update && apt-get --quiet install --yes python3-venv; } || { \
+		echo "error: Python's venv is missing; install it with:" \
+			"sudo apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/uv.txt
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements/dev.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+.PHONY: clean
+clean: ## remove what make made, but neither models/ nor runs/
+	rm -rf .venv .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
