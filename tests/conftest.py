@@ -1,7 +1,8 @@
 """A bundle whose answers can be worked out by hand, and a server on it."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ BIAS = np.array([127, -127, 0], np.float32)
 
 def tiny_logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Work out the tiny model's logits in numpy: (rows, 2, 2, 1) to (rows, 3)."""
-    return images.reshape(len(images), 4).astype(np.float32) @ WEIGHTS + BIAS
+    logits: NDArray[np.float32] = images.reshape(len(images), 4).astype(np.float32) @ WEIGHTS + BIAS
+    return logits
 
 
 def tiny_images(rows: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -50,6 +52,22 @@ def tiny_model(bias: NDArray[np.float32] = BIAS) -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The tiny model, for tests that cannot import this file."""
+
+    labels: tuple[str, ...] = LABELS
+    shape: tuple[int, int, int] = SHAPE
+    logits: Callable[[NDArray[np.uint8]], NDArray[np.float32]] = tiny_logits
+    images: Callable[..., NDArray[np.uint8]] = tiny_images  # (rows, seed=0)
+    model: Callable[..., bytes] = tiny_model  # (bias=BIAS)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    return Tiny()
 
 
 MakeBundle = Callable[..., Path]
