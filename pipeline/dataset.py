@@ -13,7 +13,7 @@ import shutil
 import struct
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,8 @@ IMAGES_HEADER_BYTES, LABELS_HEADER_BYTES = 16, 8
 MAX_FILE_BYTES = 60_000 * 28 * 28 + IMAGES_HEADER_BYTES  # the largest of the four
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
+Files = Iterator[tuple[str, bytes]]  # name and verified content, decompressed, in SHA256's order
+Source = tuple[str, Callable[[], Files]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,9 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
     """
     folder = (cache or platformdirs.user_cache_path("train-export")) / NAME
     if config.folder is not None:
-        _keep(_read_folder(config.folder), folder)
-    elif not _is_cached(folder):
-        _find(folder)
+        _keep(read_folder(config.folder), folder)
+    elif not is_cached(folder):
+        find(folder, _sources())
     labels = _labels((folder / "train-labels-idx1-ubyte").read_bytes())
     train, validation = split(labels, config)
     return Dataset(
@@ -156,13 +158,12 @@ def split(
     return np.sort(kept), np.sort(np.concatenate(validation))
 
 
-def _find(folder: Path) -> None:
-    """Fill the cache from the first source that has the data."""
-    sources: tuple[tuple[str, Callable[[], Iterator[tuple[str, bytes]]]], ...] = (
-        (str(DEBIAN_FOLDER), lambda: _read_folder(DEBIAN_FOLDER)),
-        ("Keras' download", _download_with_keras),
-        (f"apt's {DEBIAN_PACKAGE}", _install_with_apt),
-    )
+def find(folder: Path, sources: tuple[Source, ...]) -> None:
+    """Fill a folder from the first source that has the data.
+
+    Raises:
+        DatasetError: none has; says what became of each.
+    """
     reasons = []
     for name, read in sources:
         log.info("looking for %s in %s", NAME, name)
@@ -179,8 +180,16 @@ def _find(folder: Path) -> None:
     )
 
 
-def _is_cached(folder: Path) -> bool:
-    """Tell whether the cache is whole; files in it that are wrong are named and removed."""
+def _sources() -> tuple[Source, ...]:
+    return (
+        (str(DEBIAN_FOLDER), lambda: read_folder(DEBIAN_FOLDER)),
+        ("Keras' download", _download_with_keras),
+        (f"apt's {DEBIAN_PACKAGE}", lambda: install_with_apt(user=os.geteuid())),
+    )
+
+
+def is_cached(folder: Path) -> bool:
+    """Tell whether a folder has all four files; one that is wrong is named and removed."""
     whole = True
     for name in SHA256:
         path = folder / name
@@ -195,7 +204,12 @@ def _is_cached(folder: Path) -> bool:
     return whole
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
+def read_folder(folder: Path) -> Files:
+    """Give the four files of a folder, packed or not, each verified.
+
+    Raises:
+        DatasetError: one is missing or wrong, by name.
+    """
     for name in SHA256:
         plain, packed = folder / name, folder / f"{name}.gz"
         if plain.is_file():
@@ -228,7 +242,7 @@ def _verify(path: Path, content: bytes) -> None:
         )
 
 
-def _keep(files: Iterator[tuple[str, bytes]], folder: Path) -> None:
+def _keep(files: Files, folder: Path) -> None:
     """Write verified files, each under its own name only once it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files:
@@ -240,8 +254,8 @@ def _keep(files: Iterator[tuple[str, bytes]], folder: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _download_with_keras() -> Iterator[tuple[str, bytes]]:
-    """Let Keras download its copy, and write it as IDX again to verify it: Keras does not."""
+def _download_with_keras() -> Files:
+    """Let Keras download its copy, which it does not verify."""
     from keras.datasets import fashion_mnist  # noqa: PLC0415  seconds, and seldom needed
 
     try:
@@ -249,15 +263,32 @@ def _download_with_keras() -> Iterator[tuple[str, bytes]]:
     except Exception as error:
         # Keras raises a bare Exception when it cannot reach the address.
         raise DatasetError(f"it failed ({error})") from error
-    for name, array in zip(SHA256, (*train, *test), strict=True):
+    yield from as_idx((*train, *test))
+
+
+def as_idx(arrays: Iterable[NDArray[np.uint8]]) -> Files:
+    """Write arrays as the IDX files they were read from, each verified.
+
+    Args:
+        arrays: train images, train labels, test images, test labels.
+
+    Raises:
+        DatasetError: one is not the file it should be.
+    """
+    for name, array in zip(SHA256, arrays, strict=True):
         magic = IMAGES_MAGIC if "images" in name else LABELS_MAGIC
         content = struct.pack(f">I{array.ndim}I", magic, *array.shape) + array.tobytes()
         _verify(Path(name), content)
         yield name, content
 
 
-def _install_with_apt() -> Iterator[tuple[str, bytes]]:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+def install_with_apt(*, user: int) -> Files:
+    """Install Debian's package and read it.
+
+    Raises:
+        DatasetError: `user` is not root (0), there is no apt, or it fails.
+    """
+    if user != 0 or shutil.which("apt-get") is None:
         raise DatasetError("it needs root on Debian or Ubuntu")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for step in (("update",), ("install", "--yes", "--no-install-recommends", DEBIAN_PACKAGE)):
@@ -271,7 +302,7 @@ def _install_with_apt() -> Iterator[tuple[str, bytes]]:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise DatasetError(f"apt-get {step[0]} failed ({last})")
-    yield from _read_folder(DEBIAN_FOLDER)
+    yield from read_folder(DEBIAN_FOLDER)
 
 
 def _digest(folder: Path) -> str:

@@ -20,13 +20,13 @@ def setup_environment(*, ctx: Any) -> None:  # noqa: ANN401  Prefect's own signa
         return
 
     async def read_deployment_by_name(self: PrefectClient, name: str) -> Any:  # noqa: ANN401
-        return await stock(self, await _full_name(self, name))
+        return await stock(self, await full_name(self, name))
 
     read_deployment_by_name.takes_bare_names = True  # type: ignore[attr-defined]
     PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign, assignment]
 
 
-async def _full_name(client: Any, name: str) -> str:  # noqa: ANN401  PrefectClient
+async def full_name(client: Any, name: str) -> str:  # noqa: ANN401  PrefectClient
     """Return FLOW/DEPLOYMENT for a bare name.
 
     Raises:

@@ -223,7 +223,7 @@ def _manifest(
         provenance=bundle_pb2.Provenance(
             run=run,
             created=_now(),
-            git_commit=_git_commit(),
+            git_commit=git_commit(Path(__file__).parent),
             parent_sha256=trained.sha256,
             tools={tool: package_version(tool) for tool in TOOLS},
             dataset_license=data.license,
@@ -290,11 +290,13 @@ def _now() -> str:
     return now.ToJsonString()
 
 
-def _git_commit() -> str:
+def git_commit(folder: Path) -> str:
+    """Return the commit a folder is at, with a + if files differ; empty outside a checkout."""
+
     def git(*words: str) -> str:
         done = subprocess.run(  # noqa: S603  fixed words
             ("git", *words),
-            cwd=Path(__file__).parent,
+            cwd=folder,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
             text=True,

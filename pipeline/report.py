@@ -15,6 +15,8 @@ def table(manifest: bundle_pb2.BundleManifest) -> Table:
     drawn = Table(
         title=f"{manifest.name} version {manifest.version}, on {_images(manifest)}",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for column in COLUMNS:
         drawn.add_column(column, justify="left" if column == "format" else "right", no_wrap=True)
@@ -39,7 +41,7 @@ def rows(manifest: bundle_pb2.BundleManifest) -> list[tuple[str, ...]]:
     """Return the cells of the table, one tuple a format."""
     original = manifest.evaluation
     first = (
-        "original (Keras)",
+        "original",
         _size(original.size_bytes),
         f"{original.accuracy.value:.2%}",
         "",

@@ -54,7 +54,7 @@ def ask(staged: Staged, checked: Checked, data: Dataset, folder: Path) -> Path:
     test = dataset.load(data).test
     with np.load(checked.answers, allow_pickle=False) as answers:
         reference, unserved = answers["reference"], answers[checked.served_variant]
-    with _server(staged.repository) as address:
+    with server(staged.repository) as address:
         log.info("asking the server on %s for %d images", address, len(test.images))
         logits, seconds = _predict(address, staged, test.images)
     report = agreement.compare(
@@ -108,7 +108,7 @@ def _judge(report: bundle_pb2.ParityReport, apart: float) -> None:
 
 
 @contextmanager
-def _server(repository: Path) -> Iterator[str]:
+def server(repository: Path) -> Iterator[str]:
     """Run `serve-export serve` until the block ends; give its address once it serves."""
     command = (
         sys.executable, "-m", "service", "serve",

@@ -18,7 +18,8 @@ from service import agreement
 LABELS = ("dark", "light", "striped")
 SHAPE = (2, 2, 1)
 # dark falls and light rises with every pixel; striped is the left column less the right one.
-WEIGHTS = np.array([[-1, 1, 1], [-1, 1, -1], [-1, 1, 1], [-1, 1, -1]], np.float32) / 4
+ROWS = [[-0.25, 0.25, 0.25], [-0.25, 0.25, -0.25], [-0.25, 0.25, 0.25], [-0.25, 0.25, -0.25]]
+WEIGHTS = np.array(ROWS, np.float32)
 BIAS = np.array([127, -127, 0], np.float32)
 
 

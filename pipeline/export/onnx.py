@@ -32,13 +32,12 @@ def write(serve: tf.types.experimental.PolymorphicFunction, path: Path, metadata
     model.graph.name = "model"
     for key, text in metadata.texts.items():
         model.metadata_props.add(key=key, value=text)
-    model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     _check(model)
     onnx.save(model, path)
 
 
 def _name_batch_axis(model: onnx.ModelProto) -> None:
-    """Name the first axis of inputs and outputs; forget the guesses inside the graph."""
+    """Name the first axis of inputs and outputs; forget the shapes inside, which have names too."""
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = AXIS
     del model.graph.value_info[:]

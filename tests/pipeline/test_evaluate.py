@@ -1,0 +1,68 @@
+import keras
+import numpy as np
+import pytest
+
+from pipeline import evaluate
+from pipeline.config import GateConfig
+from pipeline.errors import EvaluationError
+
+
+@pytest.fixture(scope="module")
+def scores(trained, data):
+    return evaluate.score(trained, data, GateConfig(min_accuracy=0.3))
+
+
+def test_every_test_image_is_scored_once(scores):
+    assert scores.rows == sum(map(sum, scores.confusion)) == 10_000
+    assert [one.rows for one in scores.classes] == [1_000] * 10
+
+
+def test_accuracy_is_what_keras_says_it_is(scores, trained, data):
+    from pipeline import dataset
+
+    test = dataset.load(data).test
+    loss, accuracy = keras.models.load_model(trained.path).evaluate(
+        test.images, test.labels, batch_size=1_000, verbose=0
+    )
+
+    assert scores.accuracy == pytest.approx(accuracy, abs=1e-6)
+    assert scores.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_precision_and_recall_follow_from_the_confusion_matrix(scores):
+    matrix = np.array(scores.confusion)
+
+    for index, one in enumerate(scores.classes):
+        assert one.recall == matrix[index, index] / 1_000
+        called = matrix[:, index].sum()
+        assert one.precision == (matrix[index, index] / called if called else 0)
+
+
+def test_a_model_below_the_gate_is_refused_with_both_figures(trained, data, scores):
+    gate = scores.accuracy + 1e-4
+
+    with pytest.raises(EvaluationError, match=f"{scores.accuracy:.2%}, the gate is {gate:.2%}"):
+        evaluate.score(trained, data, GateConfig(min_accuracy=gate))
+
+
+def test_a_model_at_the_gate_is_let_through(trained, data, scores):
+    assert evaluate.score(trained, data, GateConfig(min_accuracy=scores.accuracy)).rows == 10_000
+
+
+def test_rows_of_the_confusion_matrix_are_the_true_classes():
+    matrix = evaluate.confusion_matrix(np.array([0, 0, 1]), np.array([1, 1, 1]), 2)
+
+    assert matrix.tolist() == [[0, 2], [0, 1]]
+
+
+def test_cross_entropy_of_certainty_is_nothing_and_of_doubt_one_bit():
+    logits = np.array([[50, 0], [0, 0]], np.float32)
+
+    assert evaluate.cross_entropy(logits[:1], np.array([0])) == pytest.approx(0, abs=1e-9)
+    assert evaluate.cross_entropy(logits[1:], np.array([0])) == pytest.approx(np.log(2))
+
+
+def test_huge_logits_do_not_overflow():
+    logits = np.array([[3e4, -3e4]], np.float32)
+
+    assert evaluate.cross_entropy(logits, np.array([1])) == pytest.approx(6e4)

@@ -1,0 +1,222 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf import json_format
+
+from pipeline import config, evaluate, parity, publish
+from pipeline.errors import PublishError
+from service import bundle
+
+STAGER = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import publish
+from pipeline.config import PublishConfig
+with publish.staging(PublishConfig(models=Path(sys.argv[1]))) as folder:
+    (folder / "half").write_bytes(b"written")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def scores(trained, data):
+    return evaluate.score(trained, data, config.GateConfig(min_accuracy=0.3))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return config.from_preset("smoke", models=tmp_path / "models")
+
+
+@pytest.fixture
+def stage(settings, data, trained, scores, exports, checked):
+    """Return a function that stages the real model."""
+
+    def stage_into(folder):
+        return publish.stage(folder, "run-1", settings, data, trained, scores, exports, checked)
+
+    return stage_into
+
+
+@pytest.fixture
+def served(checked):
+    """A served report that passed."""
+    return checked.reports[-1]
+
+
+@pytest.fixture
+def publish_once(stage, served, settings):
+    def once():
+        with publish.staging(settings.publishing) as folder:
+            return publish.publish(stage(folder), served, settings.publishing)
+
+    return once
+
+
+def visible(models: Path) -> list[str]:
+    return sorted(path.name for path in models.iterdir() if not path.name.startswith("."))
+
+
+def test_the_published_bundle_is_read_by_the_code_that_serves(publish_once):
+    published = publish_once()
+
+    content = bundle.read(published.path)
+
+    assert (content.manifest.name, content.manifest.version) == ("fashion-mnist", 1)
+    assert content.manifest.served.passed
+    assert len(content.golden.images) == 200
+    assert np.bincount(content.golden.labels).tolist() == [20] * 10
+
+
+def test_the_manifest_lists_every_file_there_is(publish_once):
+    path = publish_once().path
+
+    listed = {file.path for file in bundle.read_manifest(path).files}
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+
+    assert listed == there - {"manifest.json"}
+    assert {"model.onnx", "golden.npz", "variants/model.float32.tflite"} < listed
+
+
+def test_every_report_says_where_its_file_is(publish_once):
+    path = publish_once().path
+
+    for report in bundle.read_manifest(path).parity:
+        assert parity.size_bytes(path / report.path) == report.size_bytes
+
+
+def test_the_manifest_records_what_was_trained_on_what(publish_once, data, trained):
+    manifest = bundle.read_manifest(publish_once().path)
+
+    assert manifest.dataset.sha256 == data.sha256
+    assert manifest.provenance.parent_sha256 == trained.sha256
+    assert manifest.training.history[0].loss == trained.history[0].loss
+    assert sum(sum(row.predicted) for row in manifest.evaluation.confusion) == 10_000
+    assert re.fullmatch(r"([0-9a-f]{40}\+?)?", manifest.provenance.git_commit)
+
+
+def test_versions_only_grow(publish_once, settings):
+    first, second = publish_once(), publish_once()
+    (settings.publishing.models / "fashion-mnist" / "40").mkdir()
+
+    assert (first.version, second.version, publish_once().version) == (1, 2, 41)
+
+
+def test_two_runs_that_stage_at_once_publish_two_whole_versions(stage, served, settings):
+    with (
+        publish.staging(settings.publishing) as mine,
+        publish.staging(settings.publishing) as theirs,
+    ):
+        staged = [stage(mine), stage(theirs)]
+        published = [publish.publish(one, served, settings.publishing) for one in staged]
+
+    assert [one.version for one in published] == [1, 2]
+    for one in published:
+        assert bundle.read(one.path).manifest.version == one.version
+
+
+def test_nothing_is_seen_before_it_is_published(stage, settings):
+    with publish.staging(settings.publishing) as folder:
+        stage(folder)
+
+        assert visible(settings.publishing.models) == []
+    assert list(settings.publishing.models.iterdir()) == []
+
+
+def test_a_run_that_fails_leaves_nothing(stage, settings):
+    with pytest.raises(RuntimeError), publish.staging(settings.publishing) as folder:
+        stage(folder)
+        raise RuntimeError
+
+    assert list(settings.publishing.models.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(settings):
+    models = settings.publishing.models
+    done = subprocess.run(
+        [sys.executable, "-c", STAGER, str(models)],
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        check=False,
+    )
+    left = list(models.glob(".staging-*/half"))
+
+    with publish.staging(settings.publishing) as folder:
+        assert [path for path in models.iterdir() if path != folder] == []
+
+    assert done.returncode == -signal.SIGKILL
+    assert len(left) == 1
+
+
+def test_what_a_living_run_stages_is_left_alone(settings):
+    with publish.staging(settings.publishing) as mine:
+        with publish.staging(settings.publishing):
+            pass
+
+        assert mine.is_dir()
+
+
+def test_a_model_that_was_served_wrongly_is_not_published(stage, served, settings, tmp_path):
+    report = parity.read_report(served)
+    report.passed, report.failure = False, "max |Δlogit| is 3"
+    wrong = tmp_path / "served.json"
+    wrong.write_text(json_format.MessageToJson(report))
+
+    with (
+        publish.staging(settings.publishing) as folder,
+        pytest.raises(PublishError, match=r"is not to be published: max .Δlogit. is 3"),
+    ):
+        publish.publish(stage(folder), wrong, settings.publishing)
+
+    assert visible(settings.publishing.models) == []
+
+
+def test_a_models_folder_that_is_a_file_is_refused_with_the_option_to_change(settings):
+    settings.publishing.models.write_text("a file")
+
+    with (
+        pytest.raises(
+            PublishError, match=r"models cannot be written to: .*name another with --mod"
+        ),
+        publish.staging(settings.publishing),
+    ):
+        pass
+
+
+def test_a_home_that_is_a_file_is_refused_and_kept(stage, served, settings):
+    with publish.staging(settings.publishing) as folder:
+        staged = stage(folder)
+        (settings.publishing.models / "fashion-mnist").write_text("a file")
+
+        with pytest.raises(PublishError, match="fashion-mnist cannot be written to"):
+            publish.publish(staged, served, settings.publishing)
+
+
+def test_triton_is_told_the_same_tensors(publish_once):
+    path = publish_once().path
+
+    text = (path.parent / "config.pbtxt").read_text()
+
+    assert 'name: "fashion-mnist"' in text
+    assert '{ name: "image", data_type: TYPE_UINT8, dims: [ 28, 28, 1 ] }' in text
+    assert '{ name: "logits", data_type: TYPE_FP32, dims: [ 10 ] }' in text
+
+
+def test_outside_a_git_checkout_the_commit_is_left_empty(tmp_path):
+    assert publish.git_commit(tmp_path) == ""
+
+
+def test_a_changed_checkout_is_marked(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    clean = publish.git_commit(tmp_path)
+    (tmp_path / "new").write_text("")
+
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    assert publish.git_commit(tmp_path) == f"{clean}+"
