@@ -1,0 +1,149 @@
+"""The command line `train-export run`, whole: what it prints, leaves, and survives."""
+
+import re
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import dataset
+from pipeline.config import DataConfig
+from service import bundle
+
+pytestmark = pytest.mark.slow
+RUN = ("train-export", "run", "--preset", "smoke")
+
+
+def run(environment, folder, *words, stop_at=None, signal_number=signal.SIGKILL):
+    """Run the flow in a folder; send a signal once its log says `stop_at`."""
+    with subprocess.Popen(
+        [*RUN, *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if stop_at and stop_at in line:
+                process.send_signal(signal_number)
+                stop_at = None
+    return process.returncode, "".join(lines)
+
+
+def published(folder):
+    """Read every bundle that can be seen in a folder's models, so that each is proven whole."""
+    home = folder / "models" / "fashion-mnist"
+    found = sorted(path for path in home.glob("*") if bundle.VERSION.fullmatch(path.name))
+    return [bundle.read(path).manifest for path in found]
+
+
+@pytest.fixture(scope="module")
+def first(environment, tmp_path_factory):
+    """A run with Prefect's embedded server, as `make run` does it."""
+    folder = tmp_path_factory.mktemp("clone")
+    return folder, *run(environment, folder)
+
+
+def test_a_run_ends_well_with_a_table_the_bundle_and_the_two_commands(first):
+    folder, status, output = first
+
+    assert status == 0, output
+    rows = re.findall(r"^ (original|saved-model|tflite-float32|onnx-float32|served \(gRPC\)) ",
+                      output, re.MULTILINE)  # fmt: skip
+    assert rows == ["original", "saved-model", "tflite-float32", "onnx-float32", "served (gRPC)"]
+    assert f"bundle: {folder}/models/fashion-mnist/1" in output
+    assert "serve:  serve-export serve --repository models" in output
+    assert "ask:    serve-export predict IMAGE.png" in output
+
+
+def test_the_published_bundle_was_served_over_the_whole_test_set(first):
+    manifest = published(first[0])[0]
+    onnx = next(one for one in manifest.parity if one.variant == manifest.served_variant)
+
+    assert manifest.served.passed
+    assert manifest.served.accuracy.rows == 10_000
+    assert manifest.served.logits.max == pytest.approx(onnx.logits.max, abs=1e-6)
+
+
+def test_a_second_run_trains_nothing_says_why_and_publishes_the_next_version(first, prefect_server):
+    folder = first[0]
+
+    status, output = run(prefect_server, folder)
+
+    assert status == 0, output
+    assert "nothing to train" in output
+    assert [manifest.version for manifest in published(folder)] == [1, 2]
+
+
+def test_the_published_model_names_a_real_picture(first, environment, tmp_path):
+    folder = first[0]
+    test = dataset.load(dataset.prepare(DataConfig())).test
+    trouser = int(np.flatnonzero(test.labels == 1)[0])
+    Image.fromarray(test.images[trouser, ..., 0]).save(tmp_path / "trouser.png")
+    serve = ("serve-export", "serve", "--repository", "models", "--address", "127.0.0.1:0")
+    with subprocess.Popen(
+        serve, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    ) as server:
+        address = server.stdout.readline().removeprefix("serving on ").strip()
+        asked = subprocess.run(
+            ["serve-export", "predict", tmp_path / "trouser.png", "--address", address],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        server.terminate()
+
+    assert server.returncode == 0
+    assert "Trouser" in asked.stdout
+
+
+@pytest.mark.timeout(900)
+def test_a_run_stopped_at_any_stage_leaves_whole_bundles_only_and_the_next_works(
+    prefect_server, tmp_path
+):
+    status, output = run(
+        prefect_server, tmp_path, stop_at="epoch 1 of 2", signal_number=signal.SIGINT
+    )
+    assert status == 130, output
+    assert "stopped; nothing was published" in output
+    assert "Traceback" not in output
+    assert published(tmp_path) == []
+
+    for stage, proof in (
+        ("resuming from", "resuming from"),  # training, after the epoch that was kept
+        ("exported SavedModel", "resuming from"),  # parity
+        ("onnx-float32: max", "nothing to train"),  # staging
+        ("asking the server", "nothing to train"),  # serving
+    ):
+        status, output = run(prefect_server, tmp_path, stop_at=stage)
+        assert status == -signal.SIGKILL, output
+        assert proof in output
+        assert published(tmp_path) == []
+
+    status, output = run(prefect_server, tmp_path)
+    assert status == 0, output
+    assert [manifest.version for manifest in published(tmp_path)] == [1]
+    assert not list((tmp_path / "models").glob(".staging-*"))
+
+
+def test_a_model_below_the_gate_is_not_published_and_one_sentence_says_so(prefect_server, tmp_path):
+    status, output = run(prefect_server, tmp_path, "--preset", "quick", "--epochs", "1")
+
+    last = output.strip().splitlines()[-1]
+    assert status == 1
+    assert re.fullmatch(r"error: test accuracy is 8\d\.\d\d%, the gate is 88\.00%; .*", last)
+    assert "Traceback" not in output
+    assert published(tmp_path) == []
+
+
+def test_data_that_are_not_the_data_are_one_sentence(prefect_server, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"not images")
+
+    status, output = run(prefect_server, tmp_path, "--data", str(tmp_path))
+
+    assert status == 1
+    assert "train-images-idx3-ubyte has 10 bytes with sha256" in output.splitlines()[-1]
+    assert "Traceback" not in output
