@@ -5,6 +5,10 @@ with Ctrl-C. Only this module prints.
 """
 
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -100,10 +104,33 @@ def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
         os.environ.setdefault(name, value)
     # TensorFlow reports a missing GPU driver as an error, also where there is no GPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
-    from pipeline.flow import train_export  # noqa: PLC0415  seconds; not to print the help
+    print("starting TensorFlow and Prefect, about half a minute", file=sys.stderr)
+    with _quietly():
+        from pipeline.flow import train_export  # noqa: PLC0415  not to print the help
 
     path: str = train_export(**parameters)
     return path
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back what native code writes while it is loaded, and give it out if that fails.
+
+    TensorFlow's own switch for it, TF_CPP_MIN_LOG_LEVEL, comes too late for its first lines.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(kept, said.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _show(path: Path, models: Path) -> None:

@@ -227,13 +227,13 @@ class _Bar(keras.callbacks.Callback):
         super().__init__()
         self._progress = progress
         self._epochs = epochs
-        self._task = progress.add_task("", total=steps, loss=float("nan"))
+        self._task = progress.add_task("", total=steps, loss="")
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._progress.reset(self._task, description=f"epoch {epoch + 1} of {self._epochs}")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        loss = (logs or {}).get("loss", float("nan"))
+        loss = f", loss {(logs or {})['loss']:.4f}"
         self._progress.update(self._task, completed=batch + 1, loss=loss)
 
 
@@ -242,7 +242,7 @@ def _progress() -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("batches, loss {task.fields[loss]:.4f}"),
+        TextColumn("batches{task.fields[loss]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
