@@ -196,7 +196,10 @@ def parity(
 
 def _parity_table(one: parity_pb2.VersionParity) -> Table:
     table = Table(
-        title=f"{one.model} version {one.version}: parity with the original", box=box.SIMPLE_HEAD
+        title=f"{one.model} version {one.version}: parity with the original",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("variant", no_wrap=True)
     for name in ("images", "accuracy", "agreement", "max |Δ|", "allowed", "flips"):

@@ -8,6 +8,7 @@ import hashlib
 import io
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +25,18 @@ MODEL = "model.onnx"
 GOLDEN = "golden.npz"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")  # no zero-padding: one number has one folder
+# What zipfile, zlib and numpy raise when they are given other bytes than they wrote.
+NOT_GOLDEN = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    RuntimeError,  # encrypted; its subclass NotImplementedError: an unknown compression
+    zipfile.BadZipFile,
+    zlib.error,
+)
 MAX_MANIFEST_BYTES = 8 << 20  # a thousand classes with their tables stay far below it
 
 
@@ -136,14 +149,18 @@ def _verified(path: Path, file: bundle_pb2.File) -> bytes:
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
         raise BundleError(f"{shown(path, MANIFEST)} lists {file.path!r}, which leaves the bundle")
     target, name = path / relative, shown(path, file.path)
-    if target.is_symlink() or not target.is_file():
-        raise BundleError(f"{name} is missing, or not a plain file; publish it again")
-    if target.stat().st_size != file.size_bytes:
-        raise BundleError(
-            f"{name} has {target.stat().st_size} bytes, expected {file.size_bytes}; "
-            "it was cut or changed after it was published"
-        )
-    content = target.read_bytes()
+    try:
+        # A link in the middle of the path leaves the bundle as well as one at its end.
+        if not target.is_file() or target.resolve() != path.resolve() / relative:
+            raise BundleError(f"{name} is missing, or not a plain file; publish it again")
+        if target.stat().st_size != file.size_bytes:
+            raise BundleError(
+                f"{name} has {target.stat().st_size} bytes, expected {file.size_bytes}; "
+                "it was cut or changed after it was published"
+            )
+        content = target.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{name} cannot be read: {error.strerror}") from error
     digest = sha256(content)
     if digest != file.sha256:
         raise BundleError(
@@ -155,7 +172,8 @@ def _verified(path: Path, file: bundle_pb2.File) -> bytes:
 
 def _golden(path: Path, content: bytes) -> Golden:
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        # np.load would take a lone array as well.
+        with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as arrays:
             return Golden(
                 images=arrays["images"],
                 labels=arrays["labels"],
@@ -163,5 +181,5 @@ def _golden(path: Path, content: bytes) -> Golden:
                 hostile_images=arrays["hostile_images"],
                 hostile_logits=arrays["hostile_logits"],
             )
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except NOT_GOLDEN as error:
         raise BundleError(f"{shown(path, GOLDEN)} is not a golden set: {error}") from error

@@ -5,6 +5,7 @@ The steps, in order: turn it as its EXIF data say; lay transparency on black; ma
 proportions; centre it on black. A gray picture of the model's own size passes unchanged.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,15 @@ from service.errors import PictureError
 
 FORMATS = ("PNG", "JPEG")
 MAX_PIXELS = 64_000_000  # 192 MB once decoded as RGB; a phone's camera makes a fifth of it
+# What Pillow's parsers raise on bytes that are not as their headers say.
+NOT_A_PICTURE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -49,7 +59,7 @@ def read(path: Path, shape: tuple[int, int, int], *, invert: bool = False) -> ND
         raise PictureError(f"{path} is not there") from error
     except UnidentifiedImageError as error:
         raise PictureError(f"{path} is not a {' or '.join(FORMATS)} picture") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except NOT_A_PICTURE as error:
         raise PictureError(f"{path} cannot be read as a picture: {error}") from error
     return np.asarray(fitted, np.uint8).reshape(shape)
 

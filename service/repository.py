@@ -32,6 +32,7 @@ from service.session import RUNTIME, Session
 
 log = logging.getLogger(__name__)
 CPUINFO = Path("/proc/cpuinfo")
+LOGITS = "logits"  # the output that parity is measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +272,13 @@ def _check_schema(content: bundle.Bundle, session: Session) -> None:
             f"{bundle.shown(content.path, bundle.MODEL)} has the tensors {sorted(found)}, "
             f"its manifest promises {sorted(promised)}"
         )
+    if LOGITS not in {output.name for output in manifest.outputs}:
+        raise BundleError(f"{bundle.shown(content.path)} has no output {LOGITS!r} to be checked by")
+    if not spec.shape or spec.shape[0] != -1 or min(spec.shape[1:], default=1) < 1:
+        raise BundleError(
+            f"{bundle.shown(content.path)} takes the shape {list(spec.shape)}, "
+            "expected -1 for the batch, and every other size fixed"
+        )
 
 
 def _answer_golden(
@@ -312,10 +320,10 @@ def _answer_golden(
 def _logits(
     session: Session, images: NDArray[np.uint8], max_batch_rows: int
 ) -> NDArray[np.float32]:
-    if not len(images):
+    if not images.ndim or not len(images):
         raise ValueError("it has no images")
     parts = [
-        session.run(images[start : start + max_batch_rows])["logits"]
+        session.run(images[start : start + max_batch_rows])[LOGITS]
         for start in range(0, len(images), max_batch_rows)
     ]
     return np.concatenate(parts).astype(np.float32, copy=False)

@@ -23,6 +23,9 @@ SERVICES = ("inference.GRPCInferenceService", "train_export.v1.ParityService")
 SERVER_NAME = "train-export"
 EXTENSIONS = ("binary_tensor_data", "model_repository")
 PLATFORM = "onnxruntime_onnx"
+# A message repeats what the client sent. gRPC's clients refuse trailers over 8 KiB, and would show
+# RESOURCE_EXHAUSTED instead of our status; percent-encoded, a character takes up to 12 bytes.
+MAX_MESSAGE_CHARACTERS = 600
 
 
 class Status(IntEnum):
@@ -45,7 +48,8 @@ class CallError(Exception):
     """A call that is answered with a status instead of a response."""
 
     def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
+        cut = len(message) > MAX_MESSAGE_CHARACTERS
+        super().__init__(message[: MAX_MESSAGE_CHARACTERS - 1] + "…" if cut else message)
         self.status = status
 
 

@@ -70,18 +70,24 @@ class Session:
         settings.log_severity_level = 3
         # A thread that spins while it waits for work takes the core the gRPC loop needs.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        for key, value in sorted(options.config.items()):
-            settings.add_session_config_entry(key, value)
         try:
+            for key, value in sorted(options.config.items()):
+                settings.add_session_config_entry(key, value)
             self._session = onnxruntime.InferenceSession(
-                model, settings, providers=["CPUExecutionProvider"]
+                model,
+                settings,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=False,  # it would try the same provider again and print about it
             )
+            inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+            self.inputs = tuple(_tensor(node) for node in inputs)
+            self.outputs = tuple(_tensor(node) for node in outputs)
+            self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        except ModelError:
+            raise
         except Exception as error:
             # onnxruntime's exceptions share no base class but Exception.
             raise ModelError(f"{RUNTIME} cannot load the model: {error}") from error
-        self.inputs = tuple(_tensor(node) for node in self._session.get_inputs())
-        self.outputs = tuple(_tensor(node) for node in self._session.get_outputs())
-        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def run(self, batch: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
         """Answer one batch; releases the interpreter's lock while it computes.

@@ -42,5 +42,5 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is opened."""
         for name, smallest in (("max_batch_rows", 1), ("threads", 0), ("drain_s", 0)):
-            if getattr(self, name) < smallest:
+            if not getattr(self, name) >= smallest:  # so that nan is refused as well
                 raise SettingsError(f"{name} is {getattr(self, name)}, expected {smallest} or more")
