@@ -31,6 +31,10 @@ test: $(STAMP) ## the whole test suite, with coverage
 quick: $(STAMP) ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
+.PHONY: bench
+bench: $(STAMP) ## what the server adds to the model, in images a second (after make run)
+	$(BIN)/python benchmarks/serving.py $(ARGS)
+
 .PHONY: check
 check: $(STAMP) ## format, lint, types, layers, and that what is generated is fresh
 	$(BIN)/ruff format --check

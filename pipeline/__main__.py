@@ -5,6 +5,7 @@ with Ctrl-C. Only this module prints.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ PREFECT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline",
     "DO_NOT_TRACK": "1",
 }
+UNREACHABLE = "Failed to reach API at"  # how Prefect's client words it
 GPU_DRIVER = Path("/dev/nvidiactl")
 
 
@@ -91,12 +93,18 @@ def run(  # noqa: PLR0913  one parameter an option
         )
     except PipelineError as error:
         fail(str(error), status=1)
+    except OSError as error:
+        fail(f"a file cannot be read or written: {error}", status=1)
+    except RuntimeError as error:
+        if not str(error).startswith(UNREACHABLE):
+            raise
+        fail(f"{error}; start that Prefect server, or unset PREFECT_API_URL", status=1)
     except KeyboardInterrupt:
         fail(
             "stopped; nothing was published, and the same command goes on after the last epoch",
             status=130,
         )
-    _show(Path(path), models)
+    _show(Path(path), models, runs)
 
 
 def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
@@ -133,7 +141,7 @@ def _quietly() -> Iterator[None]:
             os.close(kept)
 
 
-def _show(path: Path, models: Path) -> None:
+def _show(path: Path, models: Path, runs: Path) -> None:
     from pipeline import report  # noqa: PLC0415
     from service import bundle  # noqa: PLC0415
 
@@ -141,8 +149,11 @@ def _show(path: Path, models: Path) -> None:
     console.print()
     console.print(report.table(bundle.read_manifest(path)))
     print(f"bundle: {path}")
-    print(f"serve:  serve-export serve --repository {models}")
-    print("ask:    serve-export predict IMAGE.png")
+    serve = "serve-export"
+    if not shutil.which(serve):  # the environment is not activated: `make run` does not need it
+        serve = os.path.relpath(Path(sys.executable).with_name(serve))
+    print(f"serve:  {serve} serve --repository {models}")
+    print(f"ask:    {serve} predict {runs / 'examples' / 'trouser.png'}")
 
 
 def fail(reason: str, *, status: int) -> NoReturn:

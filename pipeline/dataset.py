@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import logging
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.errors import DatasetError
@@ -135,6 +137,21 @@ def load(dataset: Dataset) -> Splits:
         validation=Split(images[validation], labels[validation]),
         test=Split(test_images, test_labels),
     )
+
+
+def write_examples(dataset: Dataset, folder: Path) -> Path:
+    """Write the first test image of every class as `LABEL.png`, to ask a server about.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    test = load(dataset).test
+    for index, label in enumerate(dataset.labels):
+        first = int(np.flatnonzero(test.labels == index)[0])
+        name = re.sub("[^a-z]+", "-", label.lower())
+        Image.fromarray(test.images[first, ..., 0]).save(folder / f"{name}.png")
+    return folder
 
 
 def split(

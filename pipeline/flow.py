@@ -66,6 +66,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     )
     run_id = str(flow_run.id)
     prepared = stage(dataset.prepare)(settings.data)
+    stage(dataset.write_examples)(prepared, settings.runs / "examples")
     folder = train.run_folder(settings.runs, preset, prepared, settings.training)
     with (
         files.locked(folder / "lock", wait=False),

@@ -196,7 +196,7 @@ def parity(
 
 def _parity_table(one: parity_pb2.VersionParity) -> Table:
     table = Table(
-        title=f"{one.model} version {one.version}: parity with the original",
+        title=_escaped(f"{one.model} version {one.version}: parity with the original"),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -213,14 +213,14 @@ def _parity_table(one: parity_pb2.VersionParity) -> Table:
 
 def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
     return [
-        report.variant,
+        _escaped(report.variant),
         str(report.accuracy.rows),
         f"{report.accuracy.value:.2%}",
         f"{report.agreement:.2%}",
         f"{report.logits.max:.2g}",
         f"{report.budget.max_logit:.2g}",
         str(report.flips_explained + report.flips_unexplained),
-        "[green]passed[/]" if report.passed else f"[red]failed[/]: {report.failure}",
+        "[green]passed[/]" if report.passed else f"[red]failed[/]: {_escaped(report.failure)}",
     ]
 
 

@@ -96,6 +96,8 @@ def read_manifest(path: Path) -> bundle_pb2.BundleManifest:
         BundleError: there is none, or it is not a manifest of a known format for this folder.
     """
     source = shown(path, MANIFEST)
+    if (path / MANIFEST).is_symlink() or not (path / MANIFEST).is_file():
+        raise BundleError(f"{source} is missing, or not a plain file; publish it again")
     try:
         with (path / MANIFEST).open("rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)

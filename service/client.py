@@ -137,12 +137,15 @@ class Client:
             version: decimal; empty: the server's choice, which is then kept for all of them.
 
         Raises:
-            ValueError: there are no rows.
+            ValueError: there are no rows, or their dtype is not the model's.
             ServerError: the call was refused, or nobody answered.
         """
         if not len(images):
             raise ValueError("images has no rows, expected at least one")
         about = self.metadata(model, version)
+        expected = _dtype(about.inputs[0].datatype)
+        if images.dtype != expected:
+            raise ValueError(f"images is {images.dtype}, {model} takes {expected}; convert it")
         rows = int(about.properties.get("max_batch_rows", BATCH_ROWS))
         parts: list[dict[str, NDArray[np.generic]]] = []
         for start in range(0, len(images), rows):
@@ -166,7 +169,7 @@ class Client:
         request = inference_pb2.ModelInferRequest(
             model_name=about.name,
             model_version=version,
-            raw_input_contents=[batch.astype(DTYPE[datatype], copy=False).tobytes()],
+            raw_input_contents=[batch.tobytes()],
         )
         request.inputs.add(name=about.inputs[0].name, datatype=datatype, shape=batch.shape)
         return self._call(self._inference.ModelInfer, request)
@@ -185,7 +188,18 @@ class Client:
 
 
 def _arrays(response: inference_pb2.ModelInferResponse) -> dict[str, NDArray[np.generic]]:
+    if len(response.raw_output_contents) != len(response.outputs):
+        raise ServerError("the server did not answer in raw_output_contents", code="UNIMPLEMENTED")
     return {
-        output.name: np.frombuffer(content, DTYPE[output.datatype]).reshape(output.shape)
+        output.name: np.frombuffer(content, _dtype(output.datatype)).reshape(output.shape)
         for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
     }
+
+
+def _dtype(datatype: str) -> np.dtype[np.generic]:
+    if datatype not in DTYPE:
+        raise ServerError(
+            f"the model has the datatype {datatype}, this client knows {', '.join(DTYPE)}",
+            code="UNIMPLEMENTED",
+        )
+    return DTYPE[datatype]

@@ -6,6 +6,7 @@ proportions; centre it on black. A gray picture of the model's own size passes u
 """
 
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def read(path: Path, shape: tuple[int, int, int], *, invert: bool = False) -> ND
     if channels not in MODES:
         raise PictureError(f"the model takes {channels} channels, pictures have 1 or 3")
     try:
-        with Image.open(path, formats=FORMATS) as opened:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:
             _check_size(path, opened)
             flat = _flatten(ImageOps.exif_transpose(opened), MODES[channels])
         if invert:

@@ -10,6 +10,7 @@ import platform
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,8 +79,11 @@ class Repository:
         self._refused: dict[tuple[str, int], str] = {}
         self._loading: set[tuple[str, int]] = set()
 
-    def load(self) -> None:
+    def load(self, until: Callable[[], bool] = lambda: False) -> None:
         """Load every version there is; one that is refused is logged and does not stop the rest.
+
+        Args:
+            until: asked before each version; true ends the loading there.
 
         Raises:
             RepositoryError: the folder is not there, or nothing in it can be served.
@@ -93,6 +97,8 @@ class Repository:
         with self._lock:
             self._loading = {(candidate.name, candidate.number) for candidate in candidates}
         for candidate in candidates:
+            if until():
+                return
             self._load_one(candidate)
         if not self._ready:
             reasons = "; ".join(self._refused.values())
@@ -197,26 +203,36 @@ def scan(root: Path) -> list[Candidate]:
     """Return the versions in a repository, by name and rising number.
 
     A folder whose name is hidden, not a name, not a number or zero-padded is passed over, and so
-    is a link: a staged bundle is hidden until it is renamed into place.
+    is a link: a staged bundle is hidden until it is renamed into place. A model's folder that
+    cannot be read is logged and passed over.
 
     Raises:
         RepositoryError: the repository is not there, or cannot be read.
     """
     try:
         models = [path for path in root.iterdir() if bundle.NAME.fullmatch(path.name)]
-        found = [
-            Candidate(model.name, int(path.name), path)
-            for model in models
-            if model.is_dir() and not model.is_symlink()
-            for path in model.iterdir()
-            if bundle.VERSION.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-        ]
     except OSError as error:
         raise RepositoryError(
             f"repository {root} cannot be read: {error.strerror}; "
             "publish into it with: train-export run, or name another with --repository"
         ) from error
+    found = [
+        Candidate(model.name, int(path.name), path)
+        for model in models
+        for path in _folders(model)
+        if bundle.VERSION.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=lambda candidate: (candidate.name, candidate.number))
+
+
+def _folders(model: Path) -> list[Path]:
+    if model.is_symlink() or not model.is_dir():
+        return []
+    try:
+        return list(model.iterdir())
+    except OSError as error:
+        log.warning("model passed over: %s cannot be read: %s", model, error.strerror)
+        return []
 
 
 def load_version(path: Path, *, threads: int, max_batch_rows: int) -> Version:

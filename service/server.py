@@ -63,8 +63,8 @@ def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
 
 
 async def _load(repository: Repository, stop: asyncio.Event) -> None:
-    """Load in a thread, but do not hold up a stop that comes meanwhile."""
-    loading = asyncio.create_task(asyncio.to_thread(repository.load))
+    """Load in a thread; a stop that comes meanwhile ends it after the version at hand."""
+    loading = asyncio.create_task(asyncio.to_thread(repository.load, until=stop.is_set))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -4,12 +4,8 @@ import re
 import signal
 import subprocess
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from pipeline import dataset
-from pipeline.config import DataConfig
 from service import bundle
 
 pytestmark = pytest.mark.slow
@@ -58,7 +54,7 @@ def test_a_run_ends_well_with_a_table_the_bundle_and_the_two_commands(first):
     assert rows == ["original", "saved-model", "tflite-float32", "onnx-float32", "served (gRPC)"]
     assert f"bundle: {folder}/models/fashion-mnist/1" in output
     assert "serve:  serve-export serve --repository models" in output
-    assert "ask:    serve-export predict IMAGE.png" in output
+    assert "ask:    serve-export predict runs/examples/trouser.png" in output
 
 
 def test_the_published_bundle_was_served_over_the_whole_test_set(first):
@@ -80,19 +76,16 @@ def test_a_second_run_trains_nothing_says_why_and_publishes_the_next_version(fir
     assert [manifest.version for manifest in published(folder)] == [1, 2]
 
 
-def test_the_published_model_names_a_real_picture(first, environment, tmp_path):
+def test_the_published_model_names_a_real_picture(first, environment):
     folder = first[0]
-    test = dataset.load(dataset.prepare(DataConfig())).test
-    trouser = int(np.flatnonzero(test.labels == 1)[0])
-    Image.fromarray(test.images[trouser, ..., 0]).save(tmp_path / "trouser.png")
     serve = ("serve-export", "serve", "--repository", "models", "--address", "127.0.0.1:0")
     with subprocess.Popen(
         serve, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     ) as server:
         address = server.stdout.readline().removeprefix("serving on ").strip()
         asked = subprocess.run(
-            ["serve-export", "predict", tmp_path / "trouser.png", "--address", address],
-            env=environment, capture_output=True, text=True, check=True,
+            ["serve-export", "predict", "runs/examples/trouser.png", "--address", address],
+            cwd=folder, env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
         server.terminate()
 
@@ -146,4 +139,12 @@ def test_data_that_are_not_the_data_are_one_sentence(prefect_server, tmp_path):
 
     assert status == 1
     assert "train-images-idx3-ubyte has 10 bytes with sha256" in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
+def test_a_prefect_server_that_is_not_there_is_one_sentence(environment, tmp_path):
+    status, output = run(environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}, tmp_path)
+
+    assert status == 1
+    assert "start that Prefect server, or unset PREFECT_API_URL" in output.splitlines()[-1]
     assert "Traceback" not in output

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline import dataset
 from pipeline.config import DataConfig
@@ -208,3 +209,14 @@ def test_the_first_place_that_has_the_data_is_the_last_that_is_asked(folder, dat
     )  # fmt: skip
 
     assert dataset.is_cached(tmp_path / "cache")
+
+
+def test_there_is_a_picture_of_every_class_to_ask_about(data, tmp_path):
+    folder = dataset.write_examples(data, tmp_path / "examples")
+
+    names = sorted(path.stem for path in folder.iterdir())
+    trouser = np.asarray(Image.open(folder / "trouser.png"))
+
+    assert len(names) == 10
+    assert {"t-shirt-top", "ankle-boot", "trouser"} < set(names)
+    assert np.array_equal(trouser, dataset.load(data).test.images[2, ..., 0])

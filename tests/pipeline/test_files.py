@@ -40,7 +40,7 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path):
     path.write_bytes(b"old")
 
     with pytest.raises(TypeError):
-        files.write_whole(path, "text is not bytes")
+        files.write_whole(path, "text is not bytes")  # type: ignore[arg-type]
 
     assert path.read_bytes() == b"old"
 

@@ -225,7 +225,7 @@ def test_missing_manifest_is_refused(tmp_path):
     (tmp_path / "tiny/1").mkdir(parents=True)
 
     assert refusal(tmp_path / "tiny/1") == (
-        "tiny/1/manifest.json cannot be read: No such file or directory"
+        "tiny/1/manifest.json is missing, or not a plain file; publish it again"
     )
 
 

@@ -198,3 +198,8 @@ def test_call_that_takes_too_long_ends_with_its_deadline(listen):
         done.set()
 
     assert (code, message) == ("DEADLINE_EXCEEDED", "Deadline Exceeded")
+
+
+def test_images_of_another_dtype_are_refused_and_not_rounded_to_zero(client, tiny):
+    with pytest.raises(ValueError, match="images is float32, tiny takes uint8; convert it"):
+        client.predict(tiny.images(2).astype(np.float32) / 255, model="tiny")

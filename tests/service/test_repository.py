@@ -1,6 +1,7 @@
 import hashlib
 import io
 import logging
+import os
 import re
 from datetime import datetime
 
@@ -400,3 +401,57 @@ def test_refused_bundles_do_not_stop_the_rest_and_their_reasons_name_no_path(
 
 def test_cpu_has_a_name():
     assert cpu_name()
+
+
+def test_versions_still_to_be_loaded_are_named_and_refused_as_not_ready(make_bundle):
+    root = make_bundle().parents[1]
+    make_bundle(version=2)
+    repository = Repository(root, threads=1, max_batch_rows=8)
+    seen = []
+
+    def look():
+        with pytest.raises(ModelNotReadyError, match="version 2 is not at ready state"):
+            repository.get("tiny", "2")
+        seen.append((repository.loading(), repository.is_ready()))
+        return False
+
+    repository.load(until=look)
+
+    assert seen == [([("tiny", 1), ("tiny", 2)], False), ([("tiny", 2)], False)]
+    assert repository.is_ready()
+
+
+def test_loading_ends_when_it_is_told_to(make_bundle):
+    make_bundle(version=2)
+    repository = Repository(make_bundle().parents[1], threads=1, max_batch_rows=8)
+
+    repository.load(until=lambda: bool(repository.versions()))
+
+    assert [version.number for version in repository.versions()] == [1]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_manifest_that_is_not_a_plain_file_is_refused_without_waiting_for_it(make_bundle, kind):
+    path = make_bundle()
+    manifest = path / "manifest.json"
+    moved = manifest.rename(path.parents[1] / "elsewhere.json")
+    if kind == "pipe":
+        os.mkfifo(manifest)
+    else:
+        manifest.symlink_to(moved)
+
+    with pytest.raises(BundleError, match=r"tiny/1/manifest.json is missing, or not a plain file"):
+        load_version(path, threads=1, max_batch_rows=8)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_model_folder_that_cannot_be_read_is_passed_over_and_the_rest_is_served(
+    make_bundle, load, caplog
+):
+    path = make_bundle()
+    closed = make_bundle(name="closed").parent
+    closed.chmod(0)
+
+    assert [version.name for version in load(path).versions()] == ["tiny"]
+    assert "model passed over" in caplog.text
+    closed.chmod(0o700)

@@ -1,8 +1,5 @@
-import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -10,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
-import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import inference_pb2, inference_pb2_grpc
 from service.client import Client
-from service.errors import ServerError
+from service.repository import Repository
+from service.rpc import Rpc
 
 BIG = ("--max-batch-rows", "100000")
 SHORT = ("--address", "127.0.0.1:0", "--max-batch-rows", "8", "--threads", "1")
@@ -123,57 +120,30 @@ def test_refused_version_is_listed_and_does_not_stop_a_server_set_up_by_its_envi
     assert "Traceback" not in server.log.read_text()
 
 
-@pytest.fixture
-def slow_bundle(make_bundle):
-    """A repository that cannot be loaded before its manifest, a pipe, is written.
+def test_a_stop_that_comes_while_it_loads_does_not_wait_for_the_rest(make_bundle, start_server):
+    first = make_bundle()
+    for version in range(2, 200):
+        make_bundle(version=version)
+    server = start_server(*repository(first), *SHORT[2:], "--address", "127.0.0.1:0")
+    while "version ready" not in server.log.read_text():
+        assert server.popen.poll() is None
 
-    Returns the function that lets the loading go on.
-    """
-    path = make_bundle()
-    manifest = path / "manifest.json"
-    content = manifest.read_bytes()
-    manifest.unlink()
-    os.mkfifo(manifest)
-    written = threading.Event()
+    server.popen.send_signal(signal.SIGTERM)
 
-    def release():
-        if not written.is_set():
-            written.set()
-            manifest.write_bytes(content)
-
-    yield path, release
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        os.close(os.open(manifest, os.O_WRONLY | os.O_NONBLOCK))
+    assert server.wait() == 0
+    assert server.log.read_text().count("version ready") < 199
 
 
-def free_address():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{taken.getsockname()[1]}"
-
-
-def test_server_is_live_but_neither_ready_nor_healthy_until_it_has_loaded(
-    slow_bundle, start_server
-):
-    path, release = slow_bundle
-    address = free_address()
-    server = start_server(*repository(path), *SHORT[2:], "--address", address)
+def test_a_server_that_has_not_loaded_is_live_but_neither_healthy_nor_ready(make_bundle, listen):
+    unloaded = Repository(make_bundle().parents[1], threads=1, max_batch_rows=8)
+    address = listen(Rpc(unloaded), serving=False)
 
     with grpc.insecure_channel(address) as channel:
-        assert health(channel) == "NOT_SERVING"
         stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        assert health(channel) == "NOT_SERVING"
         assert stub.ServerLive(inference_pb2.ServerLiveRequest()).live
         assert not stub.ServerReady(inference_pb2.ServerReadyRequest()).ready
-        with Client(address) as client:
-            assert client.models()[0].state == "LOADING"
-            with pytest.raises(ServerError) as caught:
-                client.metadata("tiny")
-            assert caught.value.code == "UNAVAILABLE"
-
-        release()
-        assert server.address() == address
-        assert health(channel) == "SERVING"
-        assert stub.ServerReady(inference_pb2.ServerReadyRequest()).ready
 
 
 def test_calls_in_flight_are_answered_when_the_server_is_stopped(
