@@ -50,6 +50,7 @@ format: $(STAMP) ## format and mend what can be mended
 	$(BIN)/ruff check --fix
 
 .PHONY: protos
+protos: export PATH := $(CURDIR)/$(BIN):$(PATH)
 protos: $(STAMP) ## write the generated code again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --mypy_out=quiet:. $(PROTOS)
 	$(BIN)/python -m grpc_tools.protoc -I . --grpc_python_out=. --mypy_grpc_out=quiet:. $(SERVICES)

@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from pipeline import config
 from pipeline.errors import PipelineError
+from service.errors import ServiceError
 
 app = typer.Typer(
     help="Train a TensorFlow CNN, export it, prove that every export answers like it, publish it.",
@@ -91,7 +92,7 @@ def run(  # noqa: PLR0913  one parameter an option
             seed=seed,
             fresh=fresh,
         )
-    except PipelineError as error:
+    except (PipelineError, ServiceError) as error:
         fail(str(error), status=1)
     except OSError as error:
         fail(f"a file cannot be read or written: {error}", status=1)

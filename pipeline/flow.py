@@ -25,6 +25,7 @@ from pipeline import (
 )
 from pipeline.errors import PipelineError
 from service import bundle
+from service.errors import ServiceError
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -99,7 +100,7 @@ class _OneSentence(logging.Filter):
     """Leave the traceback out of the log when the pipeline refused something on purpose."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], PipelineError):
+        if record.exc_info and isinstance(record.exc_info[1], PipelineError | ServiceError):
             record.exc_info = None
         return True
 
