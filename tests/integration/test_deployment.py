@@ -15,10 +15,14 @@ ROOT = Path(__file__).parents[2]
 END_S = 420
 
 
-def prefect(environment, *words):
+def prefect(environment, *words, terminal=False):
+    """Run a Prefect command; on a terminal it asks questions, and there is nobody to answer."""
+    command = ["prefect", *words]
     done = subprocess.run(
-        ["prefect", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+        ["script", "-qec", " ".join(command), "/dev/null"] if terminal else command,
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
@@ -27,9 +31,9 @@ def deployed(prefect_server):
     """The environment of a client of a server that has the deployment of prefect.yaml."""
     for words in (
         ("work-pool", "create", "train-export", "--type", "process"),
-        ("--no-prompt", "deploy", "--all"),
+        ("deploy", "--all"),
     ):
-        status, output = prefect(prefect_server, *words)
+        status, output = prefect(prefect_server, *words, terminal=True)
         assert status == 0, output
     return prefect_server
 

@@ -10,6 +10,14 @@ from pipeline import dataset, export, parity, train
 from pipeline.config import DataConfig, TrainingConfig
 from pipeline.records import Checked, Dataset, Exports, Trained
 
+
+def pytest_collection_modifyitems(items) -> None:
+    """Whatever needs the trained model is not for every save."""
+    for item in items:
+        if "trained" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 DATA = DataConfig(max_train_rows=2_000)
 TRAINING = TrainingConfig(epochs=1)
 
