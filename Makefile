@@ -28,7 +28,7 @@ test: $(STAMP) ## the whole test suite, with coverage
 	$(BIN)/coverage report
 
 .PHONY: quick
-quick: $(STAMP) ## the tests that take seconds
+quick: $(STAMP) ## the tests that take a minute: none that trains
 	$(BIN)/pytest -m "not slow"
 
 .PHONY: bench

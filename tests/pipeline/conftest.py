@@ -14,7 +14,7 @@ from pipeline.records import Checked, Dataset, Exports, Trained
 def pytest_collection_modifyitems(items) -> None:
     """Whatever needs the trained model is not for every save."""
     for item in items:
-        if "trained" in getattr(item, "fixturenames", ()):
+        if {"trained", "straight"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

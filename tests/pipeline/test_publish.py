@@ -137,6 +137,7 @@ def test_a_run_that_fails_leaves_nothing(stage, settings):
     assert list(settings.publishing.models.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_removed_by_the_next(settings):
     models = settings.publishing.models
     done = subprocess.run(

@@ -82,6 +82,7 @@ def test_a_finished_run_is_not_trained_again_and_the_log_says_so(data, trained, 
     assert "nothing to train" in caplog.text
 
 
+@pytest.mark.slow
 def test_fresh_training_forgets_what_was_there(data, tmp_path, caplog):
     caplog.set_level("INFO")
     config = TrainingConfig(epochs=1, batch_rows=1_000)
@@ -93,6 +94,7 @@ def test_fresh_training_forgets_what_was_there(data, tmp_path, caplog):
     assert second.history[0].loss == first.history[0].loss
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_training(data, tmp_path):
     with pytest.raises(TrainingError, match="lower the learning rate"):
         train.fit(data, TrainingConfig(epochs=1, learning_rate=float("inf")), tmp_path)
