@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import config
+from pipeline import config, dataset
 from pipeline.errors import PipelineError
 from service.errors import ServiceError
 
@@ -83,6 +83,8 @@ def run(  # noqa: PLR0913  one parameter an option
     """
     try:
         config.from_preset(preset, epochs=epochs, seed=seed)
+        if data:
+            dataset.verify_folder(data)  # now, not after half a minute of starting
         path = _flow(
             preset=preset,
             data=str(data) if data else None,

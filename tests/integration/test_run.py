@@ -132,16 +132,6 @@ def test_a_model_below_the_gate_is_not_published_and_one_sentence_says_so(prefec
     assert published(tmp_path) == []
 
 
-def test_data_that_are_not_the_data_are_one_sentence(prefect_server, tmp_path):
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"not images")
-
-    status, output = run(prefect_server, tmp_path, "--data", str(tmp_path))
-
-    assert status == 1
-    assert "train-images-idx3-ubyte has 10 bytes with sha256" in output.splitlines()[-1]
-    assert "Traceback" not in output
-
-
 def test_a_prefect_server_that_is_not_there_is_one_sentence(environment, tmp_path):
     status, output = run(environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}, tmp_path)
 

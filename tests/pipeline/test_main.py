@@ -51,5 +51,15 @@ def test_a_value_that_cannot_work_is_one_sentence_and_status_1(words, sentence):
     assert shown.output.strip() == f"error: {sentence}"
 
 
+def test_data_that_are_not_the_data_are_one_sentence_before_anything_is_started(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"not images")
+
+    shown = runner.invoke(command.app, ["run", "--data", str(tmp_path)])
+
+    assert shown.exit_code == 1
+    assert "train-images-idx3-ubyte has 10 bytes with sha256" in shown.output
+    assert len(shown.output.strip().splitlines()) == 1
+
+
 def test_an_unknown_option_is_status_2():
     assert runner.invoke(command.app, ["run", "--epoch", "3"]).exit_code == 2
