@@ -150,13 +150,14 @@ def _show(path: Path, models: Path, runs: Path) -> None:
 
     console = Console()
     console.print()
-    console.print(report.table(bundle.read_manifest(path)))
+    manifest = bundle.read_manifest(path)
+    console.print(report.table(manifest))
     print(f"bundle: {path}")
     serve = "serve-export"
     if not shutil.which(serve):  # the environment is not activated: `make run` does not need it
         serve = os.path.relpath(Path(sys.executable).with_name(serve))
     print(f"serve:  {serve} serve --repository {models}")
-    print(f"ask:    {serve} predict {runs / 'examples' / 'trouser.png'}")
+    print(f"ask:    {serve} predict {runs / 'examples' / 'trouser.png'} --model {manifest.name}")
 
 
 def fail(reason: str, *, status: int) -> NoReturn:

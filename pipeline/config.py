@@ -74,6 +74,7 @@ def smoke() -> Config:
         data=DataConfig(max_train_rows=6_000),
         training=TrainingConfig(epochs=2),
         gate=GateConfig(min_accuracy=0.6),  # six times chance
+        publishing=PublishConfig(name="fashion-mnist-smoke"),  # never above a real model's versions
     )
 
 

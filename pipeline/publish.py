@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -29,6 +29,7 @@ from service import agreement, bundle
 log = logging.getLogger(__name__)
 STAGING_PREFIX = ".staging-"
 LOCK = ".lock"
+LAST = ".last-version"  # what was published last stays taken when it is removed
 GOLDEN_ROWS_PER_CLASS = 20  # 200 images are answered in milliseconds at every load
 TOOLS = (
     "train-export",
@@ -49,19 +50,21 @@ def staging(config: PublishConfig) -> Iterator[Path]:
     Raises:
         PublishError: the models' folder cannot be written to.
     """
-    try:
-        config.models.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(config.models)
-        folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=config.models))
-    except OSError as error:
-        raise PublishError(
-            f"{config.models} cannot be written to: {error.strerror}; name another with --models"
-        ) from error
-    try:
-        with files.locked(folder / LOCK, wait=False):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as held:
+        try:
+            config.models.mkdir(parents=True, exist_ok=True)
+            # One at a time: a folder that is made but not locked yet looks abandoned.
+            with files.locked(config.models / LOCK, wait=True):
+                _remove_abandoned(config.models)
+                folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=config.models))
+                held.callback(shutil.rmtree, folder, ignore_errors=True)
+                held.enter_context(files.locked(folder / LOCK, wait=False))
+        except OSError as error:
+            raise PublishError(
+                f"{config.models} cannot be written to: {error.strerror}; "
+                "name another with --models"
+            ) from error
+        yield folder
 
 
 def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
@@ -124,6 +127,7 @@ def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
             manifest.version = number
             write_manifest(staged.path, manifest)
             files.sync_tree(staged.path)
+            files.write_whole(home / LAST, str(number).encode())
             staged.path.rename(home / str(number))
             files.sync(home)
             files.write_whole(home / "config.pbtxt", _triton_config(manifest).encode())
@@ -153,6 +157,8 @@ def _remove_abandoned(models: Path) -> None:
 
 def _next_version(home: Path) -> int:
     names = [path.name for path in home.iterdir()] if home.is_dir() else []
+    if LAST in names:
+        names.append((home / LAST).read_text().strip())
     return max((int(name) for name in names if bundle.VERSION.fullmatch(name)), default=0) + 1
 
 

@@ -24,7 +24,6 @@ NOT_A_PICTURE = (
     SyntaxError,
     TypeError,
     struct.error,
-    Image.DecompressionBombError,
 )
 MODES = {1: "L", 3: "RGB"}
 
@@ -52,12 +51,11 @@ def read(path: Path, shape: tuple[int, int, int], *, invert: bool = False) -> ND
             flat = _flatten(ImageOps.exif_transpose(opened), MODES[channels])
         if invert:
             flat = ImageOps.invert(flat)
-        # Above the size, Pillow's bilinear filter averages all the pixels it covers.
-        fitted = flat
-        if flat.size != (width, height):
-            fitted = ImageOps.pad(flat, (width, height), Image.Resampling.BILINEAR)
+        fitted = flat if flat.size == (width, height) else _fit(flat, width, height)
     except FileNotFoundError as error:
         raise PictureError(f"{path} is not there") from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{path} has over {MAX_PIXELS} pixels; make it smaller") from error
     except UnidentifiedImageError as error:
         raise PictureError(f"{path} is not a {' or '.join(FORMATS)} picture") from error
     except NOT_A_PICTURE as error:
@@ -77,6 +75,20 @@ def _check_size(path: Path, image: Image.Image) -> None:
             f"{path} has {image.width} x {image.height} pixels, "
             f"expected at most {MAX_PIXELS} in all; make it smaller"
         )
+
+
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale a picture into the size with its proportions kept, centred on black.
+
+    A side never shrinks to nothing. Where it shrinks, Pillow's bilinear filter averages all the
+    pixels it covers.
+    """
+    scale = min(width / image.width, height / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    canvas = Image.new(image.mode, (width, height))
+    corner = (width - size[0]) // 2, (height - size[1]) // 2
+    canvas.paste(image.resize(size, Image.Resampling.BILINEAR), corner)
+    return canvas
 
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from service.front.grpcio import GrpcioFront
 from service.repository import Repository
@@ -43,8 +44,11 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     if settings.stop_with_stdin:
         threading.Thread(target=_watch_stdin, args=(loop, stop), daemon=True).start()
     address = await front.start(settings.address)
+    loading: Future[None] = Future()
+    # A daemon, so that a stop need not wait for the version at hand.
+    threading.Thread(target=_load, args=(repository, stop, loading), daemon=True).start()
     try:
-        await _load(repository, stop)
+        await _finished(loading, stop)
         if not stop.is_set():
             await front.set_serving()
             announce(address)
@@ -53,6 +57,9 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     finally:
         await front.stop(settings.drain_s)
     log.info("stopped")
+    if not loading.done():
+        logging.shutdown()
+        os._exit(0)  # native code that loads a model cannot be told to stop
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
@@ -62,11 +69,24 @@ def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
     loop.call_soon_threadsafe(stop.set)
 
 
-async def _load(repository: Repository, stop: asyncio.Event) -> None:
-    """Load in a thread; a stop that comes meanwhile ends it after the version at hand."""
-    loading = asyncio.create_task(asyncio.to_thread(repository.load, until=stop.is_set))
+def _load(repository: Repository, stop: asyncio.Event, loading: Future[None]) -> None:
+    try:
+        repository.load(until=stop.is_set)
+    except Exception as error:  # noqa: BLE001  raised again by who waits
+        loading.set_exception(error)
+    else:
+        loading.set_result(None)
+
+
+async def _finished(loading: Future[None], stop: asyncio.Event) -> None:
+    """Wait until everything is loaded, or the server is to stop.
+
+    Raises:
+        RepositoryError: there is nothing to serve.
+    """
+    loaded = asyncio.wrap_future(loading)
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((loaded, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    if loading.done():
-        await loading
+    if loaded.done():
+        loaded.result()

@@ -5,6 +5,11 @@ from pathlib import Path
 
 from service.errors import SettingsError
 
+LIMITS = {
+    "max_batch_rows": (1, 1 << 20),  # each of them is kept in memory once it was warmed
+    "threads": (0, 256),  # more than any one call of a model has work for
+    "drain_s": (0, 86_400),
+}
 ENVIRONMENT_PREFIX = "SERVE_EXPORT_"
 
 
@@ -33,7 +38,6 @@ class Settings:
         default=30.0,  # what Triton waits; Kubernetes' own grace period is as long
         metadata={"help": "Longest wait, in seconds, for calls in flight when stopping."},
     )
-
     stop_with_stdin: bool = field(
         default=False,
         metadata={"help": "Stop when standard input is closed, as by the end of the parent."},
@@ -41,6 +45,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is opened."""
-        for name, smallest in (("max_batch_rows", 1), ("threads", 0), ("drain_s", 0)):
-            if not getattr(self, name) >= smallest:  # so that nan is refused as well
-                raise SettingsError(f"{name} is {getattr(self, name)}, expected {smallest} or more")
+        for name, (smallest, largest) in LIMITS.items():
+            value = getattr(self, name)
+            if not smallest <= value <= largest:  # so that nan is refused as well
+                raise SettingsError(f"{name} is {value}, expected {smallest} to {largest}")

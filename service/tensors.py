@@ -64,10 +64,16 @@ def requested(
     """Return the outputs to answer with, in the order asked for; all of them if none is named.
 
     Raises:
-        InvalidRequestError: an output is unknown or asked for twice.
+        InvalidRequestError: an output is unknown, asked for twice, or asked for as classes.
     """
     known = [spec.name for spec in specs]
     names = [output.name for output in request.outputs]
+    for output in request.outputs:
+        if "classification" in output.parameters:
+            raise InvalidRequestError(
+                f"inference output '{output.name}' asks for classification, which this server "
+                "does not do; take the probabilities and the labels in the model's metadata"
+            )
     for position, name in enumerate(names):
         if name not in known:
             raise InvalidRequestError(

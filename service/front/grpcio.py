@@ -16,9 +16,14 @@ from service.rpc import SERVICES, CallError, Rpc
 
 # gRPC's own 4 MiB stops a batch of 1,400 colour images of 32 x 32 in float32.
 MAX_MESSAGE_BYTES = 64 << 20
+MAX_PENDING_CALLS = 1 << 20
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Beyond its own limit, gRPC's core answers calls it has not handed over with CANCELLED, which
+    # clients take for their own doing; 1,500 at once were enough.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ("grpc.so_reuseport", 0),  # otherwise a second server shares the port without a word
 )
 CODES = {code.value[0]: code for code in grpc.StatusCode}

@@ -73,7 +73,7 @@ def test_both_names_of_the_deployment_start_a_run_that_a_worker_finishes(deploye
 
     assert set(states(deployed).values()) == {"COMPLETED"}, log.read_text()
     for number in (1, 2):
-        read = bundle.read(tmp_path / "models" / "fashion-mnist" / str(number))
+        read = bundle.read(tmp_path / "models" / "fashion-mnist-smoke" / str(number))
         assert read.manifest.served.passed
 
 

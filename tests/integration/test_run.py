@@ -33,8 +33,8 @@ def run(environment, folder, *words, stop_at=None, signal_number=signal.SIGKILL)
 
 def published(folder):
     """Read every bundle that can be seen in a folder's models, so that each is proven whole."""
-    home = folder / "models" / "fashion-mnist"
-    found = sorted(path for path in home.glob("*") if bundle.VERSION.fullmatch(path.name))
+    versions = (folder / "models").glob("*/*")
+    found = sorted(path for path in versions if bundle.VERSION.fullmatch(path.name))
     return [bundle.read(path).manifest for path in found]
 
 
@@ -52,9 +52,12 @@ def test_a_run_ends_well_with_a_table_the_bundle_and_the_two_commands(first):
     rows = re.findall(r"^ (original|saved-model|tflite-float32|onnx-float32|served \(gRPC\)) ",
                       output, re.MULTILINE)  # fmt: skip
     assert rows == ["original", "saved-model", "tflite-float32", "onnx-float32", "served (gRPC)"]
-    assert f"bundle: {folder}/models/fashion-mnist/1" in output
+    assert f"bundle: {folder}/models/fashion-mnist-smoke/1" in output
     assert "serve:  serve-export serve --repository models" in output
-    assert "ask:    serve-export predict runs/examples/trouser.png" in output
+    assert (
+        "ask:    serve-export predict runs/examples/trouser.png --model fashion-mnist-smoke"
+        in output
+    )
 
 
 def test_the_published_bundle_was_served_over_the_whole_test_set(first):

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_the_published_bundle_is_read_by_the_code_that_serves(publish_once):
 
     content = bundle.read(published.path)
 
-    assert (content.manifest.name, content.manifest.version) == ("fashion-mnist", 1)
+    assert (content.manifest.name, content.manifest.version) == ("fashion-mnist-smoke", 1)
     assert content.manifest.served.passed
     assert len(content.golden.images) == 200
     assert np.bincount(content.golden.labels).tolist() == [20] * 10
@@ -103,9 +104,16 @@ def test_the_manifest_records_what_was_trained_on_what(publish_once, data, train
 
 def test_versions_only_grow(publish_once, settings):
     first, second = publish_once(), publish_once()
-    (settings.publishing.models / "fashion-mnist" / "40").mkdir()
+    (settings.publishing.models / "fashion-mnist-smoke" / "40").mkdir()
 
     assert (first.version, second.version, publish_once().version) == (1, 2, 41)
+
+
+def test_a_version_that_was_removed_is_not_used_again(publish_once):
+    first = publish_once()
+    shutil.rmtree(first.path)
+
+    assert publish_once().version == 2
 
 
 def test_two_runs_that_stage_at_once_publish_two_whole_versions(stage, served, settings):
@@ -126,7 +134,7 @@ def test_nothing_is_seen_before_it_is_published(stage, settings):
         stage(folder)
 
         assert visible(settings.publishing.models) == []
-    assert list(settings.publishing.models.iterdir()) == []
+    assert not list(settings.publishing.models.glob(".staging-*"))
 
 
 def test_a_run_that_fails_leaves_nothing(stage, settings):
@@ -134,7 +142,7 @@ def test_a_run_that_fails_leaves_nothing(stage, settings):
         stage(folder)
         raise RuntimeError
 
-    assert list(settings.publishing.models.iterdir()) == []
+    assert not list(settings.publishing.models.glob(".staging-*"))
 
 
 @pytest.mark.slow
@@ -148,7 +156,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(settings):
     left = list(models.glob(".staging-*/half"))
 
     with publish.staging(settings.publishing) as folder:
-        assert [path for path in models.iterdir() if path != folder] == []
+        assert list(models.glob(".staging-*")) == [folder]
 
     assert done.returncode == -signal.SIGKILL
     assert len(left) == 1
@@ -192,9 +200,9 @@ def test_a_models_folder_that_is_a_file_is_refused_with_the_option_to_change(set
 def test_a_home_that_is_a_file_is_refused_and_kept(stage, served, settings):
     with publish.staging(settings.publishing) as folder:
         staged = stage(folder)
-        (settings.publishing.models / "fashion-mnist").write_text("a file")
+        (settings.publishing.models / "fashion-mnist-smoke").write_text("a file")
 
-        with pytest.raises(PublishError, match="fashion-mnist cannot be written to"):
+        with pytest.raises(PublishError, match="fashion-mnist-smoke cannot be written to"):
             publish.publish(staged, served, settings.publishing)
 
 
@@ -203,7 +211,7 @@ def test_triton_is_told_the_same_tensors(publish_once):
 
     text = (path.parent / "config.pbtxt").read_text()
 
-    assert 'name: "fashion-mnist"' in text
+    assert 'name: "fashion-mnist-smoke"' in text
     assert '{ name: "image", data_type: TYPE_UINT8, dims: [ 28, 28, 1 ] }' in text
     assert '{ name: "logits", data_type: TYPE_FP32, dims: [ 10 ] }' in text
 

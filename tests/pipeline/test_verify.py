@@ -36,7 +36,7 @@ def original(tmp_path_factory, data, trained, exports, checked):
 @pytest.fixture
 def staged(original, tmp_path):
     repository = shutil.copytree(original.repository, tmp_path / "staged")
-    return replace(original, repository=repository, path=repository / "fashion-mnist" / "1")
+    return replace(original, repository=repository, path=repository / "fashion-mnist-smoke" / "1")
 
 
 def rewrite(staged, name, content):
@@ -91,7 +91,9 @@ def test_a_bundle_that_the_server_refuses_is_refused_with_the_servers_reason(
 def test_a_damaged_file_is_refused_by_name(staged, checked, data, tmp_path):
     (staged.path / "variants" / "model.float32.tflite").write_bytes(b"cut")
 
-    with pytest.raises(PublishError, match=r"fashion-mnist/1/variants/model.float32.tflite has 3"):
+    with pytest.raises(
+        PublishError, match=r"fashion-mnist-smoke/1/variants/model.float32.tflite has 3"
+    ):
         verify.ask(staged, checked, data, tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_number_out_of_its_range_is_said_to_be_so(run, tmp_path, monkeypatch):
 
     result = run("serve", "--repository", tmp_path, "--max-batch-rows", "0")
 
-    assert sentence(result) == "max_batch_rows is 0, expected 1 or more"
+    assert sentence(result) == "max_batch_rows is 0, expected 1 to 1048576"
 
 
 def test_labels_come_with_the_likeliest_first(run, address, picture):

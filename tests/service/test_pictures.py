@@ -185,7 +185,7 @@ def test_picture_that_claims_a_billion_pixels_is_refused(save):
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path.write_bytes(content)
 
-    assert "cannot be read as a picture" in refusal(path)
+    assert "has over 64000000 pixels; make it smaller" in refusal(path)
 
 
 @pytest.mark.parametrize(("light", "border"), [(127, False), (128, True)])
@@ -270,3 +270,13 @@ def test_picture_whose_exif_has_text_for_a_number_is_read_or_refused(tmp_path):
                 assert pictures.read(path, SHAPE).shape == SHAPE
             except PictureError as error:
                 assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000)])
+def test_very_thin_picture_leaves_a_line(tmp_path, size):
+    path = tmp_path / "thin.png"
+    Image.new("L", size, 200).save(path)
+
+    pixels = pictures.read(path, (28, 28, 1))
+
+    assert (pixels == 200).sum() == 28

@@ -239,3 +239,16 @@ def test_process_that_has_served_a_request_never_saw_training_software(make_bund
     assert not loaded & {
         *("tensorflow", "keras", "tf2onnx", "onnx", "prefect", "ai_edge_litert", "pipeline"),
     }
+
+
+def test_more_calls_at_once_than_grpcs_core_would_hold_are_all_answered(
+    make_bundle, start_server, infer, tiny
+):
+    server = start_server(*repository(make_bundle()), *SHORT)
+    request = infer(tiny.images(8))
+
+    with grpc.insecure_channel(server.address()) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        calls = [stub.ModelInfer.future(request) for _ in range(6_000)]
+
+        assert {call.code().name for call in calls} == {"OK"}

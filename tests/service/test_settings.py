@@ -5,25 +5,22 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.settings import Settings
+from service.settings import LIMITS, Settings
 
 
-@pytest.mark.parametrize(
-    ("name", "smallest", "below"),
-    [
-        ("max_batch_rows", 1, 0),
-        ("threads", 0, -1),
-        ("drain_s", 0.0, math.nextafter(0, -1)),
-        ("drain_s", 0.0, math.nan),
-    ],
-)
-def test_number_at_its_smallest_is_taken_and_below_it_is_refused(name, smallest, below):
-    taken = Settings(repository=Path("models"), **{name: smallest})
+@pytest.mark.parametrize("name", LIMITS)
+def test_number_within_its_limits_is_taken_and_one_beyond_is_refused_with_both(name):
+    smallest, largest = LIMITS[name]
 
-    assert getattr(taken, name) == smallest
-    with pytest.raises(SettingsError) as caught:
-        Settings(repository=Path("models"), **{name: below})
-    assert str(caught.value) == f"{name} is {below}, expected {int(smallest)} or more"
+    def settings(value):
+        return Settings(repository=Path("models"), **{name: value})
+
+    for value in (smallest, largest):
+        assert getattr(settings(value), name) == value
+    for value in (smallest - 1, largest + 1, math.nan):
+        with pytest.raises(SettingsError) as caught:
+            settings(value)
+        assert str(caught.value) == f"{name} is {value}, expected {smallest} to {largest}"
 
 
 def test_every_setting_says_what_it_means():

@@ -233,3 +233,12 @@ def test_good_request_is_decoded_exactly(rows, data):
     request.inputs.add(name="image", datatype="UINT8", shape=[rows, 2, 2, 1])
 
     assert tensors.decode(request, SPEC, 6).tobytes() == content
+
+
+def test_output_asked_for_as_classes_is_refused_and_not_given_as_numbers(infer, tiny):
+    request = infer(tiny.images(1))
+    output = request.outputs.add(name="probabilities")
+    output.parameters["classification"].int64_param = 3
+
+    with pytest.raises(InvalidRequestError, match="asks for classification, which this server"):
+        tensors.requested(request, OUTPUTS)
