@@ -10,14 +10,14 @@ from service.settings import LIMITS, Settings
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_number_within_its_limits_is_taken_and_one_beyond_is_refused_with_both(name):
-    smallest, largest = LIMITS[name]
+    (smallest, largest) = LIMITS[name]
 
     def settings(value):
         return Settings(repository=Path("models"), **{name: value})
 
-    for value in (smallest, largest):
+    for value in (float(smallest), float(largest)):
         assert getattr(settings(value), name) == value
-    for value in (smallest - 1, largest + 1, math.nan):
+    for value in (smallest - 1.0, largest + 1.0, math.nan):
         with pytest.raises(SettingsError) as caught:
             settings(value)
         assert str(caught.value) == f"{name} is {value}, expected {smallest} to {largest}"
