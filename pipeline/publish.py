@@ -128,9 +128,9 @@ def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
             write_manifest(staged.path, manifest)
             files.sync_tree(staged.path)
             files.write_whole(home / LAST, str(number).encode())
-            staged.path.rename(home / str(number))
-            files.sync(home)
             files.write_whole(home / "config.pbtxt", _triton_config(manifest).encode())
+            staged.path.rename(home / str(number))  # last: what fails before it publishes nothing
+            files.sync(home)
     except OSError as error:
         room = ", the disk is full" if error.errno == errno.ENOSPC else ""
         raise PublishError(f"{home} cannot be written to: {error.strerror}{room}") from error
