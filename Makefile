@@ -6,10 +6,13 @@ SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PROTOS := protos/inference.proto protos/bundle.proto protos/parity.proto
+PROTOS := protos/inference.proto protos/model_config.proto protos/bundle.proto protos/parity.proto \
+	protos/onnx.proto
 SERVICES := protos/inference.proto protos/parity.proto
-COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+STRANGERS := .venv-conformance/.installed
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
+COMPILE := $(LOCK) pyproject.toml
 ARGS ?=
 
 .PHONY: help
@@ -21,7 +24,7 @@ run: $(STAMP) ## train, export, prove parity, publish and serve once: the whole 
 	$(BIN)/train-export run $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## the whole test suite, with coverage
+test: $(STAMP) $(STRANGERS) ## the whole test suite, with coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
@@ -31,9 +34,18 @@ test: $(STAMP) ## the whole test suite, with coverage
 quick: $(STAMP) ## the tests that take a minute: none that trains
 	$(BIN)/pytest -m "not slow"
 
+.PHONY: conformance
+conformance: $(STAMP) $(STRANGERS) ## clients nobody here wrote, against the real server
+	$(BIN)/pytest tests/conformance
+
 .PHONY: bench
 bench: $(STAMP) ## what the server adds to the model, in images a second (after make run)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+.PHONY: soak
+soak: $(STAMP) ## a million requests while memory is watched, then a million broken ones a target: hours
+	$(BIN)/python benchmarks/soak.py $(ARGS)
+	FUZZ_RUNS=1000000 $(BIN)/pytest tests/fuzz -k guided
 
 .PHONY: check
 check: $(STAMP) ## format, lint, types, layers, and that what is generated is fresh
@@ -58,9 +70,11 @@ protos: $(STAMP) ## write the generated code again
 
 .PHONY: lock
 lock: $(STAMP) ## resolve the requirements again (ARGS=--upgrade for newer versions)
-	$(COMPILE) --all-extras --group dev --output-file requirements/dev.txt $(ARGS)
+	$(COMPILE) --extra pipeline --extra telemetry --group dev --output-file requirements/dev.txt $(ARGS)
 	$(COMPILE) --extra pipeline --constraints requirements/dev.txt --output-file requirements/pipeline.txt
 	$(COMPILE) --extra service --constraints requirements/dev.txt --output-file requirements/service.txt
+	$(LOCK) tests/conformance/requirements.in --output-file tests/conformance/requirements.txt $(ARGS)
+	$(LOCK) --no-deps tests/conformance/perf_analyzer.in --output-file tests/conformance/perf_analyzer.txt $(ARGS)
 	awk '/^uv==/ { on = 1 } on { print } on && !/\\$$/ { exit }' requirements/dev.txt > requirements/uv.txt
 
 .PHONY: setup
@@ -82,6 +96,9 @@ $(STAMP): requirements/dev.txt requirements/uv.txt pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
+$(STRANGERS): $(STAMP) tests/conformance/requirements.txt tests/conformance/perf_analyzer.txt tests/conformance/setup.sh
+	tests/conformance/setup.sh
+
 .PHONY: clean
 clean: ## remove what make made, but neither models/ nor runs/
-	rm -rf .venv .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-conformance .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

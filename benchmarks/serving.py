@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -31,9 +31,11 @@ from rich.progress import track
 from rich.table import Table
 
 from protos import inference_pb2, inference_pb2_grpc
-from service import bundle
-from service.repository import cpu_name, scan
-from service.session import Session, cores
+from service import bundle, model_config
+from service.host import cores, processor
+from service.repository import scan
+from service.session import Session
+from service.settings import Settings
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 BATCH_ROWS = 128
@@ -42,6 +44,7 @@ CASES = (
     ("over gRPC, batches of 128, 4 in flight", BATCH_ROWS, 4, 120),
     ("over gRPC, single images, 64 in flight", 1, 64, 3_000),
 )
+CALLS = 300  # of the model alone, in a round
 IN_PROCESS = "in process, batches of 128"
 
 
@@ -50,11 +53,12 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are of these.")] = 7,
 ) -> None:
     """Measure, print and write."""
-    candidates = scan(repository)
-    if not candidates:
+    found = scan(repository)
+    if not any(found.values()):
         raise SystemExit(f"error: {repository} holds no bundle; make one with: make run")
-    content = bundle.read(candidates[-1].path)
-    images = np.resize(content.golden.images, (BATCH_ROWS, *content.golden.images.shape[1:]))
+    versions = next(versions for versions in found.values() if versions)
+    content = bundle.read(versions[max(versions)])
+    images = np.resize(content.golden.inputs, (BATCH_ROWS, *content.golden.inputs.shape[1:]))
     measured: dict[str, list[float]] = {IN_PROCESS: [], **{case[0]: [] for case in CASES}}
     with _server(repository) as server:
         assert server.stdout is not None
@@ -79,24 +83,31 @@ def _server(repository: Path) -> subprocess.Popen[str]:
     )
 
 
-def _in_process(content: bundle.Bundle, images: NDArray[np.uint8]) -> float:
-    """Return images a second of the model alone."""
-    session = Session(content.model, content.manifest.session, threads=cores())
-    session.warm_up(BATCH_ROWS)
-    return _per_second(lambda: session.run(images), 300)
+def _in_process(content: bundle.Bundle, images: NDArray[np.generic]) -> float:
+    """Return images a second of the model alone, with as many callers as the server has."""
+    options = model_config.of_server(Settings(repository=Path()), cores())
+    session = Session(content.model, content.manifest.session, threads=options.threads)
+    session.warm_up(BATCH_ROWS, images[0])
+    calls = CALLS // options.instances
+    with ThreadPoolExecutor(options.instances) as callers:
+        started_s = time.monotonic()
+        for done in [
+            callers.submit(_call, session, images, calls) for _ in range(options.instances)
+        ]:
+            done.result()
+        seconds = time.monotonic() - started_s
+    return options.instances * calls * BATCH_ROWS / seconds
 
 
-def _per_second(once: Callable[[], object], times: int) -> float:
-    started_s = time.monotonic()
+def _call(session: Session, images: NDArray[np.generic], times: int) -> None:
     for _ in range(times):
-        once()
-    return times * BATCH_ROWS / (time.monotonic() - started_s)
+        session.run(images)
 
 
 async def _over_grpc(
     address: str,
     content: bundle.Bundle,
-    images: NDArray[np.uint8],
+    images: NDArray[np.generic],
     in_flight: int,
     requests: int,
 ) -> float:
@@ -132,7 +143,7 @@ def _report(measured: dict[str, list[float]]) -> None:
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
     about = {
-        "cpu": cpu_name(),
+        "cpu": processor().name,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("onnxruntime", "grpcio", "train-export")},

@@ -24,7 +24,8 @@ from pipeline.errors import ParityError
 from pipeline.records import Checked, Dataset, Exports, Trained
 from protos import bundle_pb2
 from service import agreement
-from service.session import RUNTIME, Session, cores
+from service.host import cores
+from service.session import RUNTIME, Session
 
 log = logging.getLogger(__name__)
 BATCH_ROWS = 256

@@ -113,6 +113,7 @@ def server(repository: Path) -> Iterator[str]:
     command = (
         sys.executable, "-m", "service", "serve",
         "--repository", str(repository), "--address", "127.0.0.1:0", "--stop-with-stdin",
+        "--model-control", "none",
     )  # fmt: skip
     with subprocess.Popen(  # noqa: S603  our own module
         command,

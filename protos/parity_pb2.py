@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import bundle_pb2 as protos_dot_bundle__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/parity.proto\x12\x0ftrain_export.v1\x1a\x13protos/bundle.proto\"2\n\x10GetParityRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"E\n\x11GetParityResponse\x12\x30\n\x08versions\x18\x01 \x03(\x0b\x32\x1e.train_export.v1.VersionParity\"\xbf\x01\n\rVersionParity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12/\n\x08variants\x18\x03 \x03(\x0b\x32\x1d.train_export.v1.ParityReport\x12-\n\x06served\x18\x04 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12.\n\nself_check\x18\x05 \x01(\x0b\x32\x1a.train_export.v1.SelfCheck\"z\n\tSelfCheck\x12-\n\x06report\x18\x01 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12\x0f\n\x07\x63hecked\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0b\n\x03\x63pu\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r2c\n\rParityService\x12R\n\tGetParity\x12!.train_export.v1.GetParityRequest\x1a\".train_export.v1.GetParityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/parity.proto\x12\x0ftrain_export.v1\x1a\x13protos/bundle.proto\"2\n\x10GetParityRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"E\n\x11GetParityResponse\x12\x30\n\x08versions\x18\x01 \x03(\x0b\x32\x1e.train_export.v1.VersionParity\"\xbf\x01\n\rVersionParity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12/\n\x08variants\x18\x03 \x03(\x0b\x32\x1d.train_export.v1.ParityReport\x12-\n\x06served\x18\x04 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12.\n\nself_check\x18\x05 \x01(\x0b\x32\x1a.train_export.v1.SelfCheck\"\x8d\x01\n\tSelfCheck\x12-\n\x06report\x18\x01 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12\x0f\n\x07\x63hecked\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0b\n\x03\x63pu\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x11\n\tproviders\x18\x06 \x03(\t2c\n\rParityService\x12R\n\tGetParity\x12!.train_export.v1.GetParityRequest\x1a\".train_export.v1.GetParityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPARITYRESPONSE']._serialized_end=182
   _globals['_VERSIONPARITY']._serialized_start=185
   _globals['_VERSIONPARITY']._serialized_end=376
-  _globals['_SELFCHECK']._serialized_start=378
-  _globals['_SELFCHECK']._serialized_end=500
-  _globals['_PARITYSERVICE']._serialized_start=502
-  _globals['_PARITYSERVICE']._serialized_end=601
+  _globals['_SELFCHECK']._serialized_start=379
+  _globals['_SELFCHECK']._serialized_end=520
+  _globals['_PARITYSERVICE']._serialized_start=522
+  _globals['_PARITYSERVICE']._serialized_end=621
 # @@protoc_insertion_point(module_scope)

@@ -116,6 +116,7 @@ class SelfCheck(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     CPU_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    PROVIDERS_FIELD_NUMBER: _builtins.int
     checked: _builtins.str
     """RFC 3339, UTC."""
     seconds: _builtins.float
@@ -125,6 +126,10 @@ class SelfCheck(_message.Message):
     """onnxruntime's threads in one model call."""
     @_builtins.property
     def report(self) -> _bundle_pb2.ParityReport: ...
+    @_builtins.property
+    def providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """onnxruntime's execution providers, in the order in which they are asked."""
+
     def __init__(
         self,
         *,
@@ -133,10 +138,11 @@ class SelfCheck(_message.Message):
         seconds: _builtins.float = ...,
         cpu: _builtins.str = ...,
         threads: _builtins.int = ...,
+        providers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "cpu", b"cpu", "report", b"report", "seconds", b"seconds", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "cpu", b"cpu", "providers", b"providers", "report", b"report", "seconds", b"seconds", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,9 +7,9 @@ options. Only this module prints.
 import asyncio
 import inspect
 import json
-import logging
 import os
-from dataclasses import MISSING, Field, fields
+import warnings
+from dataclasses import MISSING, Field, asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,6 +25,7 @@ from service.settings import ENVIRONMENT_PREFIX, Settings
 
 if TYPE_CHECKING:
     from service.client import Client
+    from service.server import Process
 
 app = typer.Typer(
     help="Serve published bundles over gRPC, and ask a server about images and its parity.",
@@ -40,32 +41,84 @@ Address = Annotated[
         "--address", envvar=f"{ENVIRONMENT_PREFIX}ADDRESS", help="HOST:PORT of the server."
     ),
 ]
+TOKEN = f"{ENVIRONMENT_PREFIX}TOKEN"
+ADMIN_TOKEN = f"{ENVIRONMENT_PREFIX}ADMIN_TOKEN"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def serve(**options: Any) -> None:  # noqa: ANN401  typer passes what Settings declares
-    """Serve every bundle in a folder over gRPC until SIGTERM or Ctrl-C.
+    """Serve the bundles in a folder over gRPC until SIGTERM or Ctrl-C.
 
-    Prints one line, `serving on HOST:PORT`, once every version has passed its self-check on this
-    host; the log goes to standard error. A version that fails is refused and the rest are served.
+    Prints one line, `serving on HOST:PORT`, once a model has passed its self-check on this host;
+    the log goes to standard error. A version that fails is refused and the rest are served; a new
+    one takes the place of the old without a request being lost. Stopping answers what was
+    accepted; a second signal does not wait.
 
-    Example: serve-export serve --repository models
+    Each option is also an environment variable: --address is SERVE_EXPORT_ADDRESS. Options win.
+    Tokens may come from SERVE_EXPORT_TOKEN and SERVE_EXPORT_ADMIN_TOKEN as well as from files.
+
+    Exit status: 0 stopped cleanly, 1 could not start, 2 wrong options.
+
+    Example: serve-export serve --repository models --metrics-address 127.0.0.1:8002
     """
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
-    # gRPC's core would repeat in its own words what we say in a sentence.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    settings = _prepared(options)
+    try:
+        if settings.workers > 1:
+            from service import workers  # noqa: PLC0415  neither gRPC nor onnxruntime
+
+            asyncio.run(workers.serve(settings, _announce, os.environ))
+        else:
+            from service import server  # noqa: PLC0415  onnxruntime: only for who serves
+
+            asyncio.run(server.serve(settings, _announce, _process(settings)))
+    except ServiceError as error:
+        fail(error)
+
+
+def worker(*, index: int, statistics: Path, **options: Any) -> None:  # noqa: ANN401
+    """Be one of several servers on an address; started by `serve --workers`."""
+    settings = _prepared(options)
     from service import server  # noqa: PLC0415  onnxruntime: only for who serves
 
+    process = replace(_process(settings), statistics=statistics, worker=index)
     try:
-        asyncio.run(
-            server.serve(
-                Settings(**options), lambda address: print(f"serving on {address}", flush=True)
-            )
+        asyncio.run(server.serve(settings, _announce, process))
+    except ServiceError as error:
+        fail(error)
+
+
+def _prepared(options: dict[str, Any]) -> Settings:
+    """Check the options, and set up what a server process needs before it imports the rest."""
+    from service import logs  # noqa: PLC0415  only for who serves
+
+    try:
+        settings = Settings(**options)
+    except ServiceError as error:
+        fail(error)
+    logs.configure(settings.log_format)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of clients' damaged pictures
+    # gRPC's core would repeat in its own words what we say in a sentence.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    return settings
+
+
+def _process(settings: Settings) -> "Process":
+    from service import access  # noqa: PLC0415  only for who serves
+    from service.server import Process  # noqa: PLC0415
+
+    try:
+        return Process(
+            tokens=access.read_tokens(settings.token_file, os.environ.get(TOKEN, "")),
+            admin_tokens=access.read_tokens(
+                settings.admin_token_file, os.environ.get(ADMIN_TOKEN, "")
+            ),
         )
     except ServiceError as error:
         fail(error)
+
+
+def _announce(address: str) -> None:
+    print(f"serving on {address}", flush=True)
 
 
 def _options() -> list[inspect.Parameter]:
@@ -78,6 +131,7 @@ def _option(field: Field[Any]) -> inspect.Parameter:
         f"--{field.name.replace('_', '-')}",
         envvar=f"{ENVIRONMENT_PREFIX}{field.name.upper()}",
         help=field.metadata["help"],
+        rich_help_panel=field.metadata["group"],
     )
     return inspect.Parameter(
         field.name,
@@ -89,6 +143,88 @@ def _option(field: Field[Any]) -> inspect.Parameter:
 
 serve.__signature__ = inspect.Signature(_options())  # type: ignore[attr-defined]
 app.command()(serve)
+own = [
+    inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[kind, typer.Option(f"--{name}")],
+    )
+    for name, kind in (("index", int), ("statistics", Path))
+]
+worker.__signature__ = inspect.Signature([*own, *_options()])  # type: ignore[attr-defined]
+app.command(hidden=True)(worker)
+
+
+def doctor(*, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Say what this host, these settings and the repository are like, and what to mend.
+
+    Takes the options of `serve` and starts nothing. Exit status: 1 if something should be mended.
+
+    Example: serve-export doctor --repository models --tls-cert server.pem --tls-key server.key
+    """
+    from service.doctor import examine  # noqa: PLC0415  onnxruntime: only for who asks
+
+    try:
+        findings = examine(Settings(**options))
+    except ServiceError as error:
+        fail(error)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        table.add_column("looked at", no_wrap=True)
+        table.add_column("found", overflow="fold")
+        for finding in findings:
+            mark = "[green]ok[/]" if finding.ok else "[red]mend[/]"
+            advice = f"\n→ {_escaped(finding.advice)}" if finding.advice else ""
+            table.add_row(mark, finding.area, f"{_escaped(finding.found)}{advice}")
+        console.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+doctor.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter(
+            "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson
+        ),
+        *_options(),
+    ]
+)
+app.command()(doctor)
+
+
+@app.command()
+def alias(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    name: Annotated[str, typer.Argument(help="The alias, such as champion.")],
+    version: Annotated[
+        int | None, typer.Argument(help="The version it points at; none removes it.")
+    ] = None,
+    repository: Annotated[
+        Path, typer.Option(envvar=f"{ENVIRONMENT_PREFIX}REPOSITORY", help="Folder of bundles.")
+    ] = Path("models"),
+) -> None:
+    """Point an alias of a model at one of its versions; servers that watch the folder follow.
+
+    The champion answers requests that name no version. Pointing it back is a rollback.
+
+    Example: serve-export alias fashion-mnist champion 3
+    """
+    from service import aliases  # noqa: PLC0415  none of it to print the help
+
+    folder = repository / model
+    try:
+        named = aliases.read(folder)
+        before = named.pop(name, None)
+        if version is not None:
+            named[name] = version
+        aliases.write(folder, named)
+    except ServiceError as error:
+        fail(error)
+    was = f"version {before}" if before else "not set"
+    print(f"{model} {name}: {f'version {version}' if version else 'not set'} (was {was})")
 
 
 @app.command()

@@ -125,6 +125,33 @@ def compare(
     return report
 
 
+def compare_outputs(
+    reference: NDArray[np.floating], candidate: NDArray[np.floating], *, allowed: Budget
+) -> bundle_pb2.ParityReport:
+    """Measure outputs that are no classes, by their differences alone, and give the verdict.
+
+    Args:
+        reference: (rows, ...).
+        candidate: the same rows.
+        allowed: the candidate's budget, for elements instead of logits.
+
+    Raises:
+        ValueError: the arrays do not have the same shape, or no rows.
+    """
+    if reference.shape != candidate.shape or not len(reference):
+        raise ValueError(
+            f"the outputs are {candidate.shape}, expected {reference.shape}, with rows"
+        )
+    report = bundle_pb2.ParityReport(
+        budget=allowed.message(),
+        accuracy=bundle_pb2.Accuracy(rows=len(reference)),
+        agreement=1.0,
+        logits=difference(reference, candidate),
+    )
+    judge(report)
+    return report
+
+
 def judge(report: bundle_pb2.ParityReport) -> None:
     """Set `passed` and `failure` of a report from its figures and its budget.
 

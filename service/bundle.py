@@ -7,16 +7,19 @@ is what the pipeline wrote is decided before onnxruntime sees a byte of it.
 import hashlib
 import io
 import re
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from protos import bundle_pb2
+from service import model_file
 from service.errors import BundleError
 
 FORMAT = 1
@@ -31,24 +34,34 @@ NOT_GOLDEN = (
     KeyError,
     ValueError,
     TypeError,
+    OverflowError,
     EOFError,
     MemoryError,
     RuntimeError,  # encrypted; its subclass NotImplementedError: an unknown compression
     zipfile.BadZipFile,
     zlib.error,
+    tokenize.TokenError,  # of the text before an array
+    SyntaxError,
 )
+ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")  # of a Python object
+MAX_SHOWN_CHARACTERS = 200
+MAX_PATH_CHARACTERS = 1000
+MAX_GOLDEN_BYTES = 1 << 29  # five hundred colour images of 512 x 512 take 400 MB
 MAX_MANIFEST_BYTES = 8 << 20  # a thousand classes with their tables stay far below it
 
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """Images with the original model's answers, small enough to be answered at every load."""
+    """Inputs with the original model's answers, small enough to be answered at every load.
 
-    images: NDArray[np.uint8]  # (rows, height, width, channels)
-    labels: NDArray[np.int64]  # (rows,)
-    logits: NDArray[np.float32]  # (rows, classes)
-    hostile_images: NDArray[np.uint8]
-    hostile_logits: NDArray[np.float32]
+    Of a classifier the inputs are images and the outputs logits; in the file they are called so.
+    """
+
+    inputs: NDArray[np.generic]  # (rows, ...), as the model takes them
+    outputs: NDArray[np.floating]  # (rows, ...)
+    hostile_inputs: NDArray[np.generic]
+    hostile_outputs: NDArray[np.floating]
+    labels: NDArray[np.integer]  # (rows,) of a classifier; empty otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +78,8 @@ def read(path: Path) -> Bundle:
     """Read a bundle and verify the size and the SHA-256 of every file in it.
 
     Raises:
-        BundleError: the manifest cannot be read, or a file is missing or different.
-            A file that is not listed is never read, and so does no harm.
+        BundleError: the manifest cannot be read, a file is missing or different, or the model
+            reaches outside its file. A file that is not listed is never read, and so does no harm.
     """
     manifest = read_manifest(path)
     listed = {file.path for file in manifest.files}
@@ -78,7 +91,8 @@ def read(path: Path) -> Bundle:
         content = _verified(path, file)
         if file.path in (MODEL, GOLDEN):
             needed[file.path] = content
-    return Bundle(path, manifest, needed[MODEL], _golden(path, needed[GOLDEN]))
+    model_file.check(needed[MODEL], shown(path, MODEL))
+    return Bundle(path, manifest, needed[MODEL], _golden(path, needed[GOLDEN], manifest.kind))
 
 
 def shown(path: Path, file: str = "") -> str:
@@ -126,12 +140,11 @@ def parse_manifest(content: bytes, source: str) -> bundle_pb2.BundleManifest:
         # What this version does not know may be ignored: `format` grows when it may not.
         json_format.Parse(content, manifest, ignore_unknown_fields=True)
     except (json_format.ParseError, UnicodeDecodeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleError(f"{source} is not a bundle manifest: {reason}") from error
+        raise BundleError(f"{source} is not a bundle manifest: {_reason(error)}") from error
     if manifest.format != FORMAT:
         raise BundleError(f"{source} has format {manifest.format}, expected {FORMAT}")
     if not NAME.fullmatch(manifest.name):
-        raise BundleError(f"{source} names the model {manifest.name!r}, which is not a name")
+        raise BundleError(f"{source} names the model {_cut(manifest.name)!r}, which is not a name")
     return manifest
 
 
@@ -149,7 +162,13 @@ def file_sha256(path: Path) -> str:
 def _verified(path: Path, file: bundle_pb2.File) -> bytes:
     relative = PurePosixPath(file.path)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise BundleError(f"{shown(path, MANIFEST)} lists {file.path!r}, which leaves the bundle")
+        raise BundleError(
+            f"{shown(path, MANIFEST)} lists {_cut(file.path)!r}, which leaves the bundle"
+        )
+    if not file.path.isprintable() or len(file.path) > MAX_PATH_CHARACTERS:
+        raise BundleError(
+            f"{shown(path, MANIFEST)} lists {_cut(file.path)!r}, which is not a file's name"
+        )
     target, name = path / relative, shown(path, file.path)
     try:
         # A link in the middle of the path leaves the bundle as well as one at its end.
@@ -166,22 +185,57 @@ def _verified(path: Path, file: bundle_pb2.File) -> bytes:
     digest = sha256(content)
     if digest != file.sha256:
         raise BundleError(
-            f"{name} has sha256 {digest[:12]}…, expected {file.sha256[:12]}…; "
+            f"{name} has sha256 {digest[:12]}…, expected {_plain(file.sha256[:12])}…; "
             "it was changed after it was published"
         )
     return content
 
 
-def _golden(path: Path, content: bytes) -> Golden:
+def _golden(path: Path, content: bytes, kind: bundle_pb2.Kind.ValueType) -> Golden:
+    generic = kind == bundle_pb2.KIND_GENERIC
+    inputs, outputs = ("inputs", "outputs") if generic else ("images", "logits")
     try:
+        _check_unpacked(content)
         # np.load would take a lone array as well.
         with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as arrays:
             return Golden(
-                images=arrays["images"],
-                labels=arrays["labels"],
-                logits=arrays["logits"],
-                hostile_images=arrays["hostile_images"],
-                hostile_logits=arrays["hostile_logits"],
+                inputs=_array(arrays, inputs),
+                outputs=_array(arrays, outputs),
+                hostile_inputs=_array(arrays, f"hostile_{inputs}"),
+                hostile_outputs=_array(arrays, f"hostile_{outputs}"),
+                labels=np.empty(0, np.int64) if generic else _array(arrays, "labels"),
             )
     except NOT_GOLDEN as error:
-        raise BundleError(f"{shown(path, GOLDEN)} is not a golden set: {error}") from error
+        raise BundleError(f"{shown(path, GOLDEN)} is not a golden set: {_reason(error)}") from error
+
+
+def _check_unpacked(content: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        size_bytes = sum(file.file_size for file in archive.infolist())
+    if size_bytes > MAX_GOLDEN_BYTES:
+        raise ValueError(f"it has {size_bytes} bytes unpacked, expected at most {MAX_GOLDEN_BYTES}")
+
+
+def _array(arrays: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
+    value = arrays[name]
+    if not isinstance(value, np.ndarray):  # numpy returns the bytes of what is no array
+        raise TypeError(f"{name} is not an array")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """Return what a library says of bytes it cannot read, fit to be told to clients."""
+    said = str(error)
+    if said.startswith("Failed to parse JSON: "):  # what follows is an exception from its inside
+        return "it has other fields than a manifest"
+    line = ADDRESS.sub("…", said).strip().partition("\n")[0]
+    return _plain(line) or "it is damaged"
+
+
+def _plain(text: str) -> str:
+    """Cut a text and escape what is not to be printed, so that it can be sent and logged."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in _cut(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"

@@ -1,80 +1,112 @@
-"""Ask a server: numpy images in, labels and arrays out.
+"""Ask a server: numpy images or picture files in, labels and arrays out.
 
-A small synchronous client over the generated stubs. It speaks Triton's dialect and so works with
-any server that does; only `parity` needs ours.
+Here is how a thread waits for them; what is sent, and again, `service.asking` decides.
 """
 
-import json
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent import futures
 from dataclasses import dataclass
+from functools import partial, wraps
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self
 
 import grpc
-import numpy as np
 from google.protobuf.message import Message
-from numpy.typing import NDArray
 
-from protos import inference_pb2, inference_pb2_grpc, parity_pb2, parity_pb2_grpc
+from protos import inference_pb2 as pb
+from service.asking import Asker, Response, Result
+from service.connection import Connection, Tls, methods
 from service.errors import ServerError
-from service.tensors import DTYPE
+from service.joining import JoinQueue, Ticket, joined, refuse, settle
+from service.messages import Answer, Reply
 
-Request = TypeVar("Request", bound=Message)
-Response = TypeVar("Response", bound=Message)
-MAX_MESSAGE_BYTES = 64 << 20  # as the server's
-OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-)
-BATCH_ROWS = 128  # sent in one request to a server that does not say what it takes
-# How gRPC's own core words it when there was no server to refuse the call.
-UNREACHABLE = (
-    "failed to connect",
-    "DNS resolution failed",
-    "Connection reset",
-    "Socket closed",
-)
+__all__ = ["Answer", "Client", "Tls"]
+
+Arguments = ParamSpec("Arguments")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said about some images."""
+def _now(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine that never waits, because all that it awaits blocks instead."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: Result = done.value
+        return result
+    raise RuntimeError("what was to block has waited")
 
-    model: str
-    version: str
-    labels: tuple[str, ...]  # of the classes, in the order of the columns
-    outputs: dict[str, NDArray[np.generic]]  # by name, (rows, ...) each
 
-    @property
-    def probabilities(self) -> NDArray[np.generic]:
-        """Float32 (rows, classes); each row adds up to 1."""
-        return self.outputs["probabilities"]
+def _blocking(
+    method: Callable[Concatenate[Asker, Arguments], Coroutine[Any, Any, Result]],
+) -> "Callable[Concatenate[Client, Arguments], Result]":
+    """Return an Asker's method as one of Client's."""
 
-    @property
-    def logits(self) -> NDArray[np.generic]:
-        """Float32 (rows, classes), before the softmax."""
-        return self.outputs["logits"]
+    @wraps(method)
+    def call(client: "Client", /, *values: Arguments.args, **options: Arguments.kwargs) -> Result:
+        return _now(method(client._asker, *values, **options))
+
+    return call
 
 
 class Client:
-    """One connection to one server; may be used from several threads.
+    """A client whose methods block, and may be called from several threads.
 
-    Every method raises ServerError when the server refuses the call or none answers.
+    They are `Asker`'s, where each is described.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 30.0) -> None:
+    def __init__(  # noqa: PLR0913  one parameter an option
+        self,
+        address: str,
+        *,
+        timeout_s: float = 30.0,
+        channels: int = 1,
+        coalesce_rows: int = 0,
+        max_message_mib: int = 64,
+        tls: Tls | None = None,
+        token: str | None = None,
+    ) -> None:
         """Store where the server is; connects with the first call.
 
         Args:
-            address: `HOST:PORT`.
-            timeout_s: longest wait for one call.
+            address: `HOST:PORT`, or what else gRPC resolves; a name's addresses are all used.
+            timeout_s: longest wait for one request, with all its attempts.
+            channels: connections to take in turn, for a server of several processes.
+            coalesce_rows: most rows to join into one request, of calls that come from other
+                threads while as many requests as there are channels are in flight; 0: none.
+            max_message_mib: largest request and answer, in MiB; the server has its own limit.
+            tls: None: plain text.
+            token: goes with every call.
+
+        Raises:
+            ValueError: a value cannot work, or a file of `tls` cannot be read.
         """
-        self._address = address
-        self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._inference = inference_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._parity = parity_pb2_grpc.ParityServiceStub(self._channel)
+        connection = Connection(
+            address=address,
+            timeout_s=timeout_s,
+            channels=channels,
+            coalesce_rows=coalesce_rows,
+            max_message_mib=max_message_mib,
+            tls=tls,
+            token=token,
+        )
+        self._wire = _Blocking(connection)
+        self._asker = Asker(connection, self._wire)
+
+    wait_ready = _blocking(Asker.wait_ready)
+    models = _blocking(Asker.models)
+    metadata = _blocking(Asker.metadata)
+    config = _blocking(Asker.config)
+    statistics = _blocking(Asker.statistics)
+    parity = _blocking(Asker.parity)
+    load = _blocking(Asker.load)
+    unload = _blocking(Asker.unload)
+    predict = _blocking(Asker.predict)
+    predict_pictures = _blocking(Asker.predict_pictures)
+
+    def close(self) -> None:
+        """Close the connections; what is in flight is cancelled."""
+        self._wire.close()
 
     def __enter__(self) -> Self:
         """Return the client itself."""
@@ -86,120 +118,98 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the connection."""
-        self._channel.close()
+        """Close the connections."""
+        self.close()
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait until the server says that it is ready.
 
-        Raises:
-            ServerError: it did not within `timeout_s` seconds; says what it last answered.
-        """
-        until_s = time.monotonic() + timeout_s
-        while True:
-            try:
-                if self._call(
-                    self._inference.ServerReady, inference_pb2.ServerReadyRequest()
-                ).ready:
-                    return
-                last = "it answers that it is not ready"
-            except ServerError as error:
-                last = str(error)
-            if time.monotonic() > until_s:
-                raise ServerError(
-                    f"{self._address} is not ready after {timeout_s:g} s: {last}",
-                    code="UNAVAILABLE",
-                )
-            time.sleep(0.05)
+class _Blocking:
+    """A wire whose every wait blocks the thread."""
 
-    def models(self) -> list[inference_pb2.RepositoryIndexResponse.ModelIndex]:
-        """Return every model and version that the server found, with its state."""
-        request = inference_pb2.RepositoryIndexRequest()
-        return list(self._call(self._inference.RepositoryIndex, request).models)
-
-    def metadata(self, model: str, version: str = "") -> inference_pb2.ModelMetadataResponse:
-        """Return a model's tensors, versions and properties."""
-        request = inference_pb2.ModelMetadataRequest(name=model, version=version)
-        return self._call(self._inference.ModelMetadata, request)
-
-    def parity(self, model: str = "", version: str = "") -> parity_pb2.GetParityResponse:
-        """Return what the server says about its own parity; of everything if none is named."""
-        request = parity_pb2.GetParityRequest(model=model, version=version)
-        return self._call(self._parity.GetParity, request)
-
-    def predict(self, images: NDArray[np.generic], *, model: str, version: str = "") -> Answer:
-        """Ask a model about some images, in as many requests as the server's limit needs.
-
-        Args:
-            images: of the model's dtype and shape, (rows, height, width, channels) for images;
-                at least one row.
-            model: its name.
-            version: decimal; empty: the server's choice, which is then kept for all of them.
-
-        Raises:
-            ValueError: there are no rows, or their dtype is not the model's.
-            ServerError: the call was refused, or nobody answered.
-        """
-        if not len(images):
-            raise ValueError("images has no rows, expected at least one")
-        about = self.metadata(model, version)
-        expected = _dtype(about.inputs[0].datatype)
-        if images.dtype != expected:
-            raise ValueError(f"images is {images.dtype}, {model} takes {expected}; convert it")
-        rows = int(about.properties.get("max_batch_rows", BATCH_ROWS))
-        parts: list[dict[str, NDArray[np.generic]]] = []
-        for start in range(0, len(images), rows):
-            response = self._infer(images[start : start + rows], about, version)
-            version = response.model_version
-            parts.append(_arrays(response))
-        return Answer(
-            model=model,
-            version=version,
-            labels=tuple(json.loads(about.properties.get("labels", "[]"))),
-            outputs={name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._queue = JoinQueue(
+            in_flight=connection.channels, max_bytes=connection.max_message_bytes
         )
+        self._channels = [_channel(connection) for _ in range(connection.channels)]
+        self._methods = itertools.cycle([methods(channel) for channel in self._channels])
 
-    def _infer(
-        self,
-        batch: NDArray[np.generic],
-        about: inference_pb2.ModelMetadataResponse,
-        version: str,
-    ) -> inference_pb2.ModelInferResponse:
-        datatype = about.inputs[0].datatype
-        request = inference_pb2.ModelInferRequest(
-            model_name=about.name,
-            model_version=version,
-            raw_input_contents=[batch.tobytes()],
-        )
-        request.inputs.add(name=about.inputs[0].name, datatype=datatype, shape=batch.shape)
-        return self._call(self._inference.ModelInfer, request)
-
-    def _call(self, rpc: Callable[..., Response], request: Message) -> Response:
+    async def call(self, request: Message, response: type[Response], timeout_s: float) -> Response:
+        method = next(self._methods)[type(request).__name__]
         try:
-            return rpc(request, timeout=self._timeout_s)
+            answer: Response = method(
+                request, timeout=timeout_s, metadata=self._connection.metadata
+            )
         except grpc.RpcError as error:
-            code, details = error.code().name, error.details() or ""
-            if code == "UNAVAILABLE" and any(phrase in details for phrase in UNREACHABLE):
-                details = (
-                    f"no server answers at {self._address}; "
-                    "start one with: serve-export serve --repository models"
-                )
-            raise ServerError(details or code, code=code) from error
+            raise self._connection.refusal(error) from error
+        return answer
+
+    def start(self, request: pb.ModelInferRequest, timeout_s: float) -> "_Started":
+        method = next(self._methods)[type(request).__name__]
+        call = method.future(request, timeout=timeout_s, metadata=self._connection.metadata)
+        return _Started(call, self._connection)
+
+    async def join(
+        self, request: pb.ModelInferRequest, max_rows: int, timeout_s: float
+    ) -> Reply | None:
+        future: futures.Future[Reply | None] = futures.Future()
+        until_s = time.monotonic() + timeout_s
+        self._send(self._queue.put(Ticket(request, max_rows, until_s, future)))
+        try:
+            return future.result(timeout_s)
+        except TimeoutError as error:
+            future.cancel()
+            raise self._connection.late() from error
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)  # noqa: ASYNC251  this wire blocks
+
+    async def aside(self, work: Callable[[], Result]) -> Result:
+        return work()
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+    def _send(self, tickets: list[Ticket]) -> None:
+        """Send them from this thread: a caller's, or gRPC's own, to which answers come."""
+        while tickets:
+            left_s = max(ticket.until_s for ticket in tickets) - time.monotonic()
+            try:
+                started = self.start(joined(tickets), max(0.0, left_s))
+            except ValueError:
+                refuse(tickets, ServerError("this client is closed", code="CANCELLED"))
+                tickets = self._queue.landed(tickets)
+            else:
+                started.call.add_done_callback(partial(self._land, tickets, started))
+                return
+
+    def _land(self, tickets: list[Ticket], started: "_Started", _: object) -> None:
+        try:
+            settle(tickets, _now(started.response()))
+        except ServerError as error:
+            refuse(tickets, error)
+        finally:
+            self._send(self._queue.landed(tickets))
 
 
-def _arrays(response: inference_pb2.ModelInferResponse) -> dict[str, NDArray[np.generic]]:
-    if len(response.raw_output_contents) != len(response.outputs):
-        raise ServerError("the server did not answer in raw_output_contents", code="UNIMPLEMENTED")
-    return {
-        output.name: np.frombuffer(content, _dtype(output.datatype)).reshape(output.shape)
-        for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
-    }
+@dataclass(frozen=True, slots=True)
+class _Started:
+    call: Any
+    connection: Connection
+
+    def cancel(self) -> None:
+        self.call.cancel()
+
+    async def response(self) -> pb.ModelInferResponse:
+        try:
+            answer: pb.ModelInferResponse = self.call.result()
+        except grpc.RpcError as error:
+            raise self.connection.refusal(error) from error
+        return answer
 
 
-def _dtype(datatype: str) -> np.dtype[np.generic]:
-    if datatype not in DTYPE:
-        raise ServerError(
-            f"the model has the datatype {datatype}, this client knows {', '.join(DTYPE)}",
-            code="UNIMPLEMENTED",
-        )
-    return DTYPE[datatype]
+def _channel(connection: Connection) -> grpc.Channel:
+    if connection.tls is None:
+        return grpc.insecure_channel(connection.address, connection.options)
+    credentials = connection.tls.credentials()
+    return grpc.secure_channel(connection.address, credentials, connection.options)

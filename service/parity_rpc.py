@@ -5,7 +5,7 @@ import json
 from protos import parity_pb2
 from service import bundle
 from service.errors import InvalidRequestError
-from service.repository import Repository, Version
+from service.repository import Repository, Served
 
 
 def get_parity(
@@ -32,14 +32,14 @@ def get_parity(
     return parity_pb2.GetParityResponse(versions=[_parity(served) for served in found])
 
 
-def properties(served: Version, max_batch_rows: int) -> dict[str, str]:
+def properties(served: Served) -> dict[str, str]:
     """Return what ModelMetadata says beyond the tensors, by dotted names."""
     manifest, check = served.manifest, served.self_check.report
     model = next(file for file in manifest.files if file.path == bundle.MODEL)
     report = next(report for report in manifest.parity if report.variant == manifest.served_variant)
     return {
         "labels": json.dumps(list(manifest.labels)),
-        "max_batch_rows": str(max_batch_rows),
+        "max_batch_rows": str(served.options.max_batch_rows),
         "model.sha256": model.sha256,
         "dataset.name": manifest.dataset.name,
         "dataset.sha256": manifest.dataset.sha256,
@@ -57,7 +57,7 @@ def properties(served: Version, max_batch_rows: int) -> dict[str, str]:
     }
 
 
-def _parity(served: Version) -> parity_pb2.VersionParity:
+def _parity(served: Served) -> parity_pb2.VersionParity:
     return parity_pb2.VersionParity(
         model=served.name,
         version=str(served.number),

@@ -5,8 +5,11 @@ The steps, in order: turn it as its EXIF data say; lay transparency on black; ma
 proportions; centre it on black. A gray picture of the model's own size passes unchanged.
 """
 
+import io
 import struct
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,13 @@ from service.errors import PictureError
 
 FORMATS = ("PNG", "JPEG")
 MAX_PIXELS = 64_000_000  # 192 MB once decoded as RGB; a phone's camera makes a fifth of it
-# What Pillow's parsers raise on bytes that are not as their headers say.
+# Of pictures that strangers send. What comes before the pixels is parsed in Python, and every scan
+# of a JPEG goes over all of its pixels, be it of 30 bytes.
+MAX_HEAD_BYTES = 4 << 20  # colour profiles take up to 2 MiB
+MAX_BYTES_PER_PIXEL = 8  # RGBA of 16 bits, uncompressed
+MAX_SCANS = 64  # progressive ones are made in about 10
+SCAN = b"\xff\xda"  # within a scan, 255 is never followed by this
+# What Pillow's parsers raise, with a text that helps, on bytes that are not as their headers say.
 NOT_A_PICTURE = (
     OSError,
     ValueError,
@@ -29,7 +38,7 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def read(path: Path, shape: tuple[int, int, int], *, invert: bool = False) -> NDArray[np.uint8]:
-    """Read a picture as a model's input.
+    """Read a picture file as a model's input.
 
     Args:
         path: a PNG or JPEG file of any size, gray, colour, with a palette or transparency.
@@ -42,25 +51,94 @@ def read(path: Path, shape: tuple[int, int, int], *, invert: bool = False) -> ND
     Raises:
         PictureError: it cannot be read, is not a picture, or is too large.
     """
+    with warnings.catch_warnings(action="ignore"):  # of a damaged EXIF block, and the like
+        return _pixels(path, str(path), shape, max_pixels=MAX_PIXELS, invert=invert)
+
+
+def decode_all(
+    contents: Sequence[bytes], shape: tuple[int, int, int], max_pixels: int
+) -> NDArray[np.uint8]:
+    """Decode the pictures of one request as a model's input; safe in several threads at once.
+
+    Args:
+        contents: a PNG or JPEG each.
+        shape: the model's (height, width, channels); 1 or 3 channels.
+        max_pixels: of all of them together, before they are fitted into the model's size.
+
+    Returns:
+        uint8 (len(contents), *shape).
+
+    Raises:
+        PictureError: one is not a picture or is meant to waste time, or together they are too
+            large; counts from 0.
+    """
+    pixels = np.empty((len(contents), *shape), np.uint8)
+    left = max_pixels
+    for place, content in enumerate(contents):
+        name = f"picture {place}"
+        left -= _checked_pixels(content, name)
+        if left < 0:
+            raise PictureError(
+                f"the pictures up to {place} have {max_pixels - left} pixels, "
+                f"expected at most {max_pixels} in one request; send smaller ones, or fewer"
+            )
+        pixels[place] = _pixels(io.BytesIO(content), name, shape, max_pixels=max_pixels)
+    return pixels
+
+
+def _checked_pixels(content: bytes, name: str) -> int:
+    """Return how many pixels a picture says it has, from its head; refuse what is out of bounds."""
+    head = io.BytesIO(content[:MAX_HEAD_BYTES])
+    with _refusing(name), Image.open(head, formats=FORMATS) as opened:
+        pixels, is_png = opened.width * opened.height, opened.format == "PNG"
+    if len(content) > MAX_HEAD_BYTES + pixels * MAX_BYTES_PER_PIXEL:
+        raise PictureError(
+            f"{name} has {len(content)} bytes for {pixels} pixels; take out what is not the picture"
+        )
+    if not is_png and content.count(SCAN) > MAX_SCANS:
+        raise PictureError(f"{name} has more than {MAX_SCANS} scans; save it as a baseline JPEG")
+    return pixels
+
+
+def _pixels(
+    source: Path | io.BytesIO,
+    name: str,
+    shape: tuple[int, int, int],
+    *,
+    max_pixels: int,
+    invert: bool = False,
+) -> NDArray[np.uint8]:
     height, width, channels = shape
     if channels not in MODES:
         raise PictureError(f"the model takes {channels} channels, pictures have 1 or 3")
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:
-            _check_size(path, opened)
+    with _refusing(name):
+        with Image.open(source, formats=FORMATS) as opened:
+            _check_size(name, opened, max_pixels)
             flat = _flatten(ImageOps.exif_transpose(opened), MODES[channels])
         if invert:
             flat = ImageOps.invert(flat)
         fitted = flat if flat.size == (width, height) else _fit(flat, width, height)
+        return np.asarray(fitted, np.uint8).reshape(shape)
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises on bytes that are no picture into one sentence about them."""
+    try:
+        yield
     except FileNotFoundError as error:
-        raise PictureError(f"{path} is not there") from error
+        raise PictureError(f"{name} is not there") from error
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{path} has over {MAX_PIXELS} pixels; make it smaller") from error
+        raise PictureError(f"{name} has too many pixels; make it smaller") from error
     except UnidentifiedImageError as error:
-        raise PictureError(f"{path} is not a {' or '.join(FORMATS)} picture") from error
+        raise PictureError(f"{name} is not a {' or '.join(FORMATS)} picture") from error
     except NOT_A_PICTURE as error:
-        raise PictureError(f"{path} cannot be read as a picture: {error}") from error
-    return np.asarray(fitted, np.uint8).reshape(shape)
+        raise PictureError(f"{name} cannot be read as a picture: {error}") from error
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:
+        # Whatever else: its parsers were not written for those who mean harm.
+        raise PictureError(f"{name} cannot be read as a picture") from error
 
 
 def has_light_border(pixels: NDArray[np.uint8]) -> bool:
@@ -69,11 +147,11 @@ def has_light_border(pixels: NDArray[np.uint8]) -> bool:
     return float(np.mean([edge.mean() for edge in edges])) > 127  # noqa: PLR2004  half of 255
 
 
-def _check_size(path: Path, image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
+def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
         raise PictureError(
-            f"{path} has {image.width} x {image.height} pixels, "
-            f"expected at most {MAX_PIXELS} in all; make it smaller"
+            f"{name} has {image.width} x {image.height} pixels, "
+            f"expected at most {max_pixels} in all; make it smaller"
         )
 
 

@@ -1,128 +1,176 @@
-"""From (method, request bytes) to response bytes, or an error with its status.
+"""What each RPC answers, and which status an error becomes.
 
 Knows the protocol, not the transport: no socket, no event loop, no gRPC library. A front takes
-calls off the wire and asks `Rpc.call`.
+calls off the wire and hands each to `Rpc.begin`; the answer comes back on the call, at once or
+from another thread.
 """
 
-import logging
-import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntEnum
 from importlib.metadata import version as package_version
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from protos import inference_pb2, parity_pb2
-from service import errors, tensors
+from service import bundle, errors, model_config
+from service.call import Call, CallError, Status, refusal
+from service.inference import Inference
 from service.parity_rpc import get_parity, properties
-from service.repository import Repository, Version
+from service.repository import Repository
+from service.statistics_rpc import statistics
 
-log = logging.getLogger(__name__)
-SERVICES = ("inference.GRPCInferenceService", "train_export.v1.ParityService")
-SERVER_NAME = "train-export"
-EXTENSIONS = ("binary_tensor_data", "model_repository")
-PLATFORM = "onnxruntime_onnx"
-# A message repeats what the client sent. gRPC's clients refuse trailers over 8 KiB, and would show
-# RESOURCE_EXHAUSTED instead of our status; percent-encoded, a character takes up to 12 bytes.
-MAX_MESSAGE_CHARACTERS = 600
-
-
-class Status(IntEnum):
-    """The status codes of gRPC that this server answers with, by their numbers on the wire."""
-
-    INVALID_ARGUMENT = 3
-    NOT_FOUND = 5
-    INTERNAL = 13
-    UNAVAILABLE = 14
-
-
-STATUS: dict[type[errors.ServiceError], Status] = {
-    errors.InvalidRequestError: Status.INVALID_ARGUMENT,
-    errors.ModelNotFoundError: Status.NOT_FOUND,
-    errors.ModelNotReadyError: Status.UNAVAILABLE,
+SLOW_CALLS = 4  # loads, which take turns, and looks at the folder between them
+Request = TypeVar("Request", bound=Message)
+INFERENCE = "inference.GRPCInferenceService"
+PARITY = "train_export.v1.ParityService"
+SERVICES = (INFERENCE, PARITY)
+INFER = f"/{INFERENCE}/ModelInfer"
+STREAM = f"/{INFERENCE}/ModelStreamInfer"
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
+NOT_DONE = {
+    **dict.fromkeys(
+        (
+            f"/{INFERENCE}/{kind}SharedMemory{method}"
+            for kind in ("System", "Cuda")
+            for method in ("Status", "Register", "Unregister")
+        ),
+        "this server does not use shared memory; send tensors in raw contents",
+    ),
+    f"/{INFERENCE}/TraceSetting": "traces are set up by OpenTelemetry's environment variables",
+    f"/{INFERENCE}/LogSettings": "logging is set up when the server is started",
 }
-
-
-class CallError(Exception):
-    """A call that is answered with a status instead of a response."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        cut = len(message) > MAX_MESSAGE_CHARACTERS
-        super().__init__(message[: MAX_MESSAGE_CHARACTERS - 1] + "…" if cut else message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How one RPC is answered; `computes` says that it runs a model and so takes its time."""
+    """How one RPC is answered; a slow one is answered by a thread of its own."""
 
     parse: Callable[[bytes], Message]
     answer: Callable[..., Message]
-    computes: bool = False
+    slow: bool = False
 
 
 class Rpc:
     """Every RPC of this server, by its full path. Safe to call from several threads at once."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
-        inference = f"/{SERVICES[0]}/"
-        pb = inference_pb2
-        self.methods = {
-            f"{inference}ServerLive": Method(pb.ServerLiveRequest.FromString, self._live),
-            f"{inference}ServerReady": Method(pb.ServerReadyRequest.FromString, self._ready),
-            f"{inference}ModelReady": Method(pb.ModelReadyRequest.FromString, self._model_ready),
-            f"{inference}ServerMetadata": Method(
-                pb.ServerMetadataRequest.FromString, self._server_metadata
-            ),
-            f"{inference}ModelMetadata": Method(
-                pb.ModelMetadataRequest.FromString, self._model_metadata
-            ),
-            f"{inference}ModelInfer": Method(
-                pb.ModelInferRequest.FromString, self._infer, computes=True
-            ),
-            f"{inference}RepositoryIndex": Method(
-                pb.RepositoryIndexRequest.FromString, self._index
-            ),
-            f"/{SERVICES[1]}/GetParity": Method(
-                parity_pb2.GetParityRequest.FromString,
-                lambda request: get_parity(repository, request),
-            ),
-        }
-
-    def call(self, path: str, content: bytes) -> bytes:
-        """Answer one call; blocks while a model runs.
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        server_name: str = "train-export",
+        max_image_pixels: int = 16_000_000,
+        control: bool = False,
+    ) -> None:
+        """Store the parts.
 
         Args:
-            path: the RPC's full path, one of `methods`.
-            content: the serialised request.
-
-        Returns:
-            The serialised response.
-
-        Raises:
-            CallError: the call was refused, or failed.
+            repository: what is served.
+            server_name: what ServerMetadata answers.
+            max_image_pixels: of all encoded pictures in one request.
+            control: whether models are loaded and unloaded by request.
         """
-        method = self.methods[path]
+        self._repository = repository
+        self._server_name = server_name
+        self._control = control
+        self._stopping = False
+        self._inference = Inference(repository, max_image_pixels=max_image_pixels)
+        self._slow = ThreadPoolExecutor(SLOW_CALLS, thread_name_prefix="control")
+        self._methods = self._make_methods()
+        self.paths = (INFER, *self._methods, *NOT_DONE)
+        self.streamed = INFER  # what every request of a stream is
+
+    def begin(self, call: Call) -> None:
+        """Answer or refuse one call, now or later and from any thread; never raises."""
+        if call.path == INFER:
+            self._begin_inference(call)
+        elif call.path in NOT_DONE:
+            call.refuse(CallError(Status.UNIMPLEMENTED, NOT_DONE[call.path]))
+        elif self._methods[call.path].slow:
+            self._slow.submit(self._answer, call)
+        else:
+            self._answer(call)
+
+    def show_stopping(self) -> None:
+        """Say that neither the server nor a model is ready, for good; requests are answered on."""
+        self._stopping = True
+
+    def drain(self) -> None:
+        """Refuse inference from now on; what was accepted is answered."""
+        self._inference.drain()
+
+    def is_idle(self) -> bool:
+        """Tell whether everything that was accepted has been answered."""
+        return self._inference.is_idle()
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._inference.close()
+        self._slow.shutdown(wait=False, cancel_futures=True)
+
+    def _make_methods(self) -> dict[str, Method]:
+        pb, repository = inference_pb2, self._repository
+        inference = {
+            "ServerLive": Method(pb.ServerLiveRequest.FromString, self._live),
+            "ServerReady": Method(pb.ServerReadyRequest.FromString, self._ready),
+            "ModelReady": Method(pb.ModelReadyRequest.FromString, self._model_ready),
+            "ServerMetadata": Method(pb.ServerMetadataRequest.FromString, self._server_metadata),
+            "ModelMetadata": Method(pb.ModelMetadataRequest.FromString, self._model_metadata),
+            "ModelConfig": Method(pb.ModelConfigRequest.FromString, self._model_config),
+            "ModelStatistics": Method(pb.ModelStatisticsRequest.FromString, self._statistics),
+            "RepositoryIndex": Method(
+                pb.RepositoryIndexRequest.FromString, self._index, slow=self._control
+            ),
+            "RepositoryModelLoad": Method(
+                pb.RepositoryModelLoadRequest.FromString, self._load, slow=True
+            ),
+            "RepositoryModelUnload": Method(
+                pb.RepositoryModelUnloadRequest.FromString, self._unload, slow=True
+            ),
+        }
+        parity = Method(
+            parity_pb2.GetParityRequest.FromString, lambda request: get_parity(repository, request)
+        )
+        return {
+            **{f"/{INFERENCE}/{name}": method for name, method in inference.items()},
+            f"/{PARITY}/GetParity": parity,
+        }
+
+    def _begin_inference(self, call: Call) -> None:
         try:
-            return method.answer(method.parse(content)).SerializeToString()
-        except DecodeError as error:
-            raise CallError(
-                Status.INVALID_ARGUMENT, f"the request is not a message of {path}"
-            ) from error
-        except errors.ServiceError as error:
-            if type(error) in STATUS:
-                raise CallError(STATUS[type(error)], str(error)) from error
-            raise _internal(path, error) from error
-        except Exception as error:
-            raise _internal(path, error) from error
+            request: inference_pb2.ModelInferRequest = _parsed(
+                call, inference_pb2.ModelInferRequest.FromString
+            )
+        except CallError as error:
+            call.refuse(error)
+        else:
+            self._inference.begin(call, request)
+
+    def _answer(self, call: Call) -> None:
+        method = self._methods[call.path]
+        try:
+            content = method.answer(_parsed(call, method.parse)).SerializeToString()
+        except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
+            call.refuse(refusal(call.path, error))
+        else:
+            call.answer(content)
 
     def _live(self, _: inference_pb2.ServerLiveRequest) -> inference_pb2.ServerLiveResponse:
         return inference_pb2.ServerLiveResponse(live=True)
 
     def _ready(self, _: inference_pb2.ServerReadyRequest) -> inference_pb2.ServerReadyResponse:
-        return inference_pb2.ServerReadyResponse(ready=self._repository.is_ready())
+        ready = self._repository.is_ready() and not self._stopping
+        return inference_pb2.ServerReadyResponse(ready=ready)
 
     def _model_ready(
         self, request: inference_pb2.ModelReadyRequest
@@ -131,15 +179,16 @@ class Rpc:
             self._repository.get(request.name, request.version)
         except (errors.ModelNotFoundError, errors.ModelNotReadyError):
             return inference_pb2.ModelReadyResponse(ready=False)
-        return inference_pb2.ModelReadyResponse(ready=True)
+        return inference_pb2.ModelReadyResponse(ready=not self._stopping)
 
     def _server_metadata(
         self, _: inference_pb2.ServerMetadataRequest
     ) -> inference_pb2.ServerMetadataResponse:
+        unload = ("model_repository(unload_dependents)",) if self._control else ()
         return inference_pb2.ServerMetadataResponse(
-            name=SERVER_NAME,
-            version=package_version(SERVER_NAME),
-            extensions=EXTENSIONS,
+            name=self._server_name,
+            version=package_version("train-export"),
+            extensions=sorted((*EXTENSIONS, *unload)),
         )
 
     def _model_metadata(
@@ -150,8 +199,8 @@ class Rpc:
         response = inference_pb2.ModelMetadataResponse(
             name=served.name,
             versions=[str(other.number) for other in ready],
-            platform=PLATFORM,
-            properties=properties(served, self._repository.max_batch_rows),
+            platform=model_config.PLATFORM,
+            properties=properties(served),
         )
         for listing, specs in (
             (response.inputs, [served.manifest.input]),
@@ -161,46 +210,101 @@ class Rpc:
                 listing.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
         return response
 
-    def _infer(self, request: inference_pb2.ModelInferRequest) -> inference_pb2.ModelInferResponse:
-        try:
-            served = self._repository.get(request.model_name, request.model_version)
-            return self._answered(request, served)
-        except errors.ServiceError as error:
-            # Triton's clients find their request in a message by this prefix.
-            error.args = (f"[request id: {request.id or '<id_unknown>'}] {error}",)
-            raise
-
-    def _answered(
-        self, request: inference_pb2.ModelInferRequest, served: Version
-    ) -> inference_pb2.ModelInferResponse:
-        names = tensors.requested(request, list(served.manifest.outputs))
-        batch = tensors.decode(request, served.manifest.input, self._repository.max_batch_rows)
-        answers = served.session.run(batch)
-        response = inference_pb2.ModelInferResponse(
-            model_name=served.name, model_version=str(served.number), id=request.id
+    def _model_config(
+        self, request: inference_pb2.ModelConfigRequest
+    ) -> inference_pb2.ModelConfigResponse:
+        served = self._repository.get(request.name, request.version)
+        return inference_pb2.ModelConfigResponse(
+            config=model_config.message(served.manifest, served.options)
         )
-        for name in names:
-            tensors.append_output(response, name, answers[name])
-        return response
+
+    def _statistics(
+        self, request: inference_pb2.ModelStatisticsRequest
+    ) -> inference_pb2.ModelStatisticsResponse:
+        if request.name and request.version:  # which may be an alias, or wrong
+            served = self._repository.get(request.name, request.version)
+            request.version = str(served.number)
+        try:
+            return statistics(self._repository.statistics, request)
+        except errors.ModelNotFoundError:
+            self._repository.get(request.name, "")  # says so where it is only not ready
+            raise
 
     def _index(
         self, request: inference_pb2.RepositoryIndexRequest
     ) -> inference_pb2.RepositoryIndexResponse:
+        if self._control:  # nobody else looks at the folder
+            with suppress(errors.RepositoryError):
+                self._repository.list_folder()
         response = inference_pb2.RepositoryIndexResponse()
-        for served in self._repository.versions():
-            response.models.add(name=served.name, version=str(served.number), state="READY")
-        if not request.ready:
-            for name, number in self._repository.loading():
-                response.models.add(name=name, version=str(number), state="LOADING")
-            for (name, number), reason in self._repository.refused().items():
-                response.models.add(
-                    name=name, version=str(number), state="UNAVAILABLE", reason=reason
-                )
+        for name, number, state, reason in self._repository.states():
+            if state == "READY" or not request.ready:
+                response.models.add(name=name, version=str(number), state=state, reason=reason)
         return response
 
+    def _load(
+        self, request: inference_pb2.RepositoryModelLoadRequest
+    ) -> inference_pb2.RepositoryModelLoadResponse:
+        self._check_control()
+        _check_name(request.model_name)
+        unknown = sorted(set(request.parameters) - {"config"})
+        if unknown:
+            raise errors.UnimplementedError(
+                f"the parameter '{unknown[0][:64]}' is not done here: models come from the "
+                "repository with their manifest; 'config' may change how one is served"
+            )
+        config = None
+        if "config" in request.parameters:
+            parameter = request.parameters["config"]
+            if parameter.WhichOneof("parameter_choice") != "string_param":
+                raise errors.InvalidRequestError("the parameter 'config' must be a string_param")
+            config = parameter.string_param
+        self._repository.load(request.model_name, config)
+        return inference_pb2.RepositoryModelLoadResponse()
 
-def _internal(path: str, error: Exception) -> CallError:
-    """Log what went wrong and tell the client no more than where to find it in the log."""
-    token = secrets.token_hex(4)
-    log.error("call failed: %s, request %s", path, token, exc_info=error)
-    return CallError(Status.INTERNAL, f"internal error, request {token}")
+    def _unload(
+        self, request: inference_pb2.RepositoryModelUnloadRequest
+    ) -> inference_pb2.RepositoryModelUnloadResponse:
+        self._check_control()
+        _check_name(request.model_name)
+        self._repository.unload(request.model_name)
+        return inference_pb2.RepositoryModelUnloadResponse()
+
+    def _check_control(self) -> None:
+        if not self._control:
+            raise errors.ControlError(
+                "explicit model load / unload is not allowed if polling is enabled; "
+                "start the server with --model-control explicit"
+            )
+
+
+def stream_answer(content: bytes) -> bytes:
+    """Return a ModelStreamInferResponse around a serialised ModelInferResponse."""
+    response = inference_pb2.ModelStreamInferResponse()
+    response.infer_response.MergeFromString(content)
+    response.infer_response.parameters["triton_final_response"].bool_param = True
+    return response.SerializeToString()
+
+
+def stream_refusal(error: CallError, request_id: str) -> bytes:
+    """Return a ModelStreamInferResponse that says why one request of a stream was refused."""
+    response = inference_pb2.ModelStreamInferResponse(error_message=str(error))
+    response.infer_response.id = request_id
+    return response.SerializeToString()
+
+
+def _parsed(call: Call, parse: Callable[[bytes], Request]) -> Request:
+    try:
+        return parse(call.content)
+    except DecodeError as error:
+        raise CallError(
+            Status.INVALID_ARGUMENT, f"the request is not a message of {call.path}"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    if not bundle.NAME.fullmatch(name):
+        raise errors.InvalidRequestError(
+            f"'{name}' is not the name of a model; expected letters, digits, '.', '_' and '-', "
+            "with a letter or digit first, 128 at most"
+        )

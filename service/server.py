@@ -1,92 +1,335 @@
-"""Compose the server: repository, rpc and front; start, wait for a signal, drain, stop."""
+"""Compose one server process: repository, rpc, front; start, wait for a signal, drain, stop."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version as package_version
+from pathlib import Path
 
-from service.front.grpcio import GrpcioFront
+from service import host, logs, model_config, tracing, trial, version
+from service.access import Access
+from service.call import Call, Status
+from service.errors import RepositoryError
+from service.front.grpcio import GrpcioFront, Transport
+from service.front.http import MetricsServer
+from service.metrics import Metrics
+from service.model_config import ModelOptions
 from service.repository import Repository
 from service.rpc import Rpc
-from service.session import cores
+from service.session import RUNTIME
 from service.settings import Settings
+from service.statistics import Store
+from service.version import Version
+from service.watch import looks, when_stdin_ends
 
 log = logging.getLogger(__name__)
+PACKAGE = "train-export"
+TRIAL_S = 600.0  # longest time a candidate may take to load and to answer the golden set
+QUIET_S = 0.05  # without a new call, before a server that drains stops listening
+MAX_QUIET_S = 1.0  # clients that go on calling are not waited for any longer
+TICK_S = 0.01
+KEEPER_S = 1.0  # for who watches the folder to notice that it is over
+NS = 1_000_000_000
+KILLED = 128  # and the signal's number: what a shell calls a process that a signal ended
 
 
-async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """What one process has of its own; with several workers they differ.
+
+    Tokens are not among the settings, which are shown and handed on.
+    """
+
+    tokens: Sequence[str] = field(default=(), repr=False)
+    admin_tokens: Sequence[str] = field(default=(), repr=False)
+    statistics: Path | None = None  # folder shared with other workers
+    worker: int = 0
+
+
+async def serve(
+    settings: Settings, announce: Callable[[str], None], process: Process | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; the second of them ends it at once.
 
     The address is taken before the models are loaded, so that a clash shows at once and a probe
     finds a live server that is not ready yet.
 
     Args:
         settings: how.
-        announce: told the address once every model is loaded.
+        announce: told the address once the first model is ready, or may be loaded by request.
+        process: what is this process's own.
 
     Raises:
-        AddressError: the address cannot be listened on.
-        RepositoryError: there is nothing to serve.
+        AddressError: an address cannot be listened on.
+        RepositoryError: there is no repository; or, if it is not watched, nothing to serve.
+        SettingsError: a file that the settings name cannot be used.
     """
-    threads = settings.threads or cores()
-    repository = Repository(
-        settings.repository, threads=threads, max_batch_rows=settings.max_batch_rows
-    )
-    front = GrpcioFront(Rpc(repository), model_threads=threads)
-    stop = asyncio.Event()
+    server = _Server(settings, process or Process(), announce)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, server.on_signal, number)
     if settings.stop_with_stdin:
-        threading.Thread(target=_watch_stdin, args=(loop, stop), daemon=True).start()
-    address = await front.start(settings.address)
-    loading: Future[None] = Future()
-    # A daemon, so that a stop need not wait for the version at hand.
-    threading.Thread(target=_load, args=(repository, stop, loading), daemon=True).start()
+        when_stdin_ends(lambda: loop.call_soon_threadsafe(server.stop))
+    await server.run()
+
+
+class _Server:
+    def __init__(
+        self, settings: Settings, process: Process, announce: Callable[[str], None]
+    ) -> None:
+        self._settings = settings
+        self._announce: Callable[[str], None] | None = announce
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._over = threading.Event()  # the same, for threads
+        self._tracer = tracing.from_environment(package_version(PACKAGE))
+        shared = process.statistics is not None
+        store = Store(process.statistics, process.worker)
+        self._late = store.is_successors()
+        self._repository = Repository(
+            settings.repository,
+            defaults=model_config.of_server(settings, host.cores()),
+            load=partial(_load, trial_first=settings.model_control != "none"),
+            statistics=store,
+        )
+        self._rpc = Rpc(
+            self._repository,
+            server_name=settings.server_name,
+            max_image_pixels=settings.max_image_pixels,
+            control=settings.model_control == "explicit",
+        )
+        self._front = GrpcioFront(
+            self._rpc,
+            Transport(
+                address=settings.address,
+                max_message_bytes=settings.max_message_mib << 20,
+                max_connection_age_s=settings.max_connection_age_s,
+                shared_port=shared,
+                tls_cert=settings.tls_cert,
+                tls_key=settings.tls_key,
+                tls_client_ca=settings.tls_client_ca,
+            ),
+            access=Access(process.tokens, process.admin_tokens),
+            observe=self._observe,
+        )
+        self._metrics = MetricsServer(
+            "" if shared else settings.metrics_address,  # of workers, their parent tells
+            Metrics(
+                store.snapshots,
+                lambda: [os.getpid()],
+                version=package_version(PACKAGE),
+                onnxruntime=RUNTIME.rpartition(" ")[2],
+            ).text,
+        )
+
+    async def run(self) -> None:
+        """Listen, load, serve, drain and stop."""
+        # What was imported stays; to look through it again and again stops every thread for 0.1 s.
+        gc.collect()
+        gc.freeze()
+        if self._late:
+            await self._load_first()
+        address = await self._front.start()
+        keeping: Future[None] = Future()
+        try:
+            metrics = self._metrics.start()
+            if metrics:
+                log.info("metrics on http://%s/metrics", metrics)
+            self._repository.watch(lambda: self._show_health(address))
+            # A daemon, so that a stop need not wait for the version at hand.
+            threading.Thread(target=self._keep, args=(keeping,), daemon=True).start()
+            await self._ended(keeping)
+            await self._drain()
+        finally:
+            self._over.set()
+            await self._front.stop(0)
+            self._rpc.close()
+            self._repository.close()
+            self._metrics.stop()
+            self._tracer.stop()
+        log.info("stopped")
+        await asyncio.wait((asyncio.wrap_future(keeping),), timeout=KEEPER_S)
+        if not keeping.done() or self._repository.is_changing():
+            logging.shutdown()
+            os._exit(0)  # native code that loads a model cannot be told to stop
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._over.set()
+        self._stopping.set()
+
+    def on_signal(self, number: int) -> None:
+        """Begin to drain; the second time, end."""
+        if self._stopping.is_set():
+            log.warning("ended by a second signal; calls in flight are lost")
+            logging.shutdown()
+            os._exit(KILLED + number)
+        self.stop()
+
+    async def _load_first(self) -> None:
+        """Load what there is before listening: meanwhile the other workers answer every call."""
+        looked = asyncio.Event()
+
+        def look() -> None:
+            _look(self._repository, self._over)
+            with suppress(RuntimeError):  # the loop is closed: the server has stopped
+                self._loop.call_soon_threadsafe(looked.set)
+
+        threading.Thread(target=look, daemon=True).start()
+        waits = [asyncio.create_task(one.wait()) for one in (looked, self._stopping)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    def _keep(self, done: "Future[None]") -> None:
+        """Load what there is and, where it is watched, what comes; in a thread of its own."""
+        settings, repository = self._settings, self._repository
+        try:
+            if settings.model_control == "explicit":
+                repository.wait_for_orders()
+                return
+            repository.reconcile(self._over.is_set)
+            if settings.model_control == "none":
+                _check_served(settings.repository, repository)
+                return
+            if not repository.versions():
+                log.warning("nothing to serve yet; %s is watched", settings.repository)
+            for _ in looks(settings.repository, settings.poll_s, self._over):
+                _look(repository, self._over)
+        except Exception as error:  # noqa: BLE001  raised again by who waits
+            done.set_exception(error)
+        finally:
+            if not done.done():
+                done.set_result(None)
+
+    async def _ended(self, keeping: "Future[None]") -> None:
+        """Wait until the server is to stop, or what keeps its models has failed."""
+        keeper = asyncio.wrap_future(keeping)
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((keeper, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if keeper.done():
+            try:
+                keeper.result()
+            except BaseException:
+                stopping.cancel()
+                raise
+        await stopping
+
+    async def _drain(self) -> None:
+        """Say it is over, wait for balancers to notice, answer what was accepted, stop."""
+        settings = self._settings
+        self._front.show_stopping()
+        self._rpc.show_stopping()
+        if settings.pre_drain_s:
+            log.info("stopping: not ready, calls are refused in %g s", settings.pre_drain_s)
+            await asyncio.sleep(settings.pre_drain_s)
+        self._rpc.drain()
+        log.info("stopping: no new calls, up to %g s for those in flight", settings.drain_s)
+        until_s = time.monotonic() + settings.drain_s
+        while not self._rpc.is_idle() and time.monotonic() < until_s:  # noqa: ASYNC110  threads
+            await asyncio.sleep(TICK_S)
+        # What has reached the host by now gets its refusal, and not a broken connection.
+        quiet_until_s = min(until_s, time.monotonic() + MAX_QUIET_S)
+        begun = -1
+        while begun != self._front.begun and time.monotonic() < quiet_until_s:
+            begun = self._front.begun
+            await asyncio.sleep(QUIET_S)
+        await self._front.stop(max(0.0, until_s - time.monotonic()))
+
+    def _show_health(self, address: str) -> None:
+        """Tell the front what is ready; called from any thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self._loop.call_soon_threadsafe(self._show, address)
+
+    def _show(self, address: str) -> None:
+        models = self._repository.answering()
+        self._front.show_health(ready=self._repository.is_ready(), models=models)
+        open_to_orders = self._settings.model_control == "explicit"
+        if self._announce is not None and (any(models.values()) or open_to_orders):
+            self._announce(address)
+            self._announce = None
+
+    def _observe(self, call: Call) -> None:
+        """Have the end of a call logged and traced, where that was asked for."""
+        span = self._tracer.start(call.path, call.metadata)
+        if not span.recording and not self._settings.access_log:
+            return
+
+        def watcher(call: Call, status: Status) -> None:
+            if span.recording:
+                span.end(status.name, call.notes, _phases(call))
+            if self._settings.access_log:
+                logs.access(_logged(call, status))
+
+        call.watcher = watcher
+
+
+def _load(path: Path, options: ModelOptions, *, trial_first: bool) -> Version:
+    """Load a version; first in a process that may crash of it, where others could suffer."""
+    if trial_first:
+        trial.run(
+            path,
+            threads=options.threads,
+            max_batch_rows=options.max_batch_rows,
+            providers=options.providers,
+            timeout_s=TRIAL_S,
+        )
+    return version.load(path, options)
+
+
+def _look(repository: Repository, over: threading.Event) -> None:
     try:
-        await _finished(loading, stop)
-        if not stop.is_set():
-            await front.set_serving()
-            announce(address)
-        await stop.wait()
-        log.info("stopping: no new calls, up to %.0f s for those in flight", settings.drain_s)
-    finally:
-        await front.stop(settings.drain_s)
-    log.info("stopped")
-    if not loading.done():
-        logging.shutdown()
-        os._exit(0)  # native code that loads a model cannot be told to stop
+        repository.reconcile(over.is_set)
+    except RepositoryError as error:
+        log.warning("%s; what is loaded is still served", error)
+    except Exception:
+        log.exception("the repository could not be looked at; what is loaded is still served")
 
 
-def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Stop once standard input ends; a thread, because files and terminals cannot be polled."""
-    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: its lock would outlive us
-        pass
-    loop.call_soon_threadsafe(stop.set)
+def _check_served(root: Path, repository: Repository) -> None:
+    """Refuse to go on with nothing, where nothing more will come."""
+    if repository.versions():
+        return
+    reasons = "; ".join(repository.refused().values())
+    if reasons:
+        raise RepositoryError(f"nothing in {root} can be served: {reasons}")
+    raise RepositoryError(
+        f"{root} holds no bundle (NAME/VERSION/manifest.json); publish one with: train-export run"
+    )
 
 
-def _load(repository: Repository, stop: asyncio.Event, loading: Future[None]) -> None:
-    try:
-        repository.load(until=stop.is_set)
-    except Exception as error:  # noqa: BLE001  raised again by who waits
-        loading.set_exception(error)
-    else:
-        loading.set_result(None)
+def _phases(call: Call) -> list[tracing.Phase]:
+    """Return when a call waited and when its model ran, counted back from now."""
+    infer_ns = int(float(call.notes.get("infer_s", 0.0)) * NS)
+    queue_ns = int(float(call.notes.get("queue_s", 0.0)) * NS)
+    if not infer_ns:
+        return []
+    now_ns = time.time_ns()
+    run_ns = now_ns - infer_ns
+    return [
+        tracing.Phase("queue", run_ns - queue_ns, run_ns),
+        tracing.Phase("compute", run_ns, now_ns),
+    ]
 
 
-async def _finished(loading: Future[None], stop: asyncio.Event) -> None:
-    """Wait until everything is loaded, or the server is to stop.
-
-    Raises:
-        RepositoryError: there is nothing to serve.
-    """
-    loaded = asyncio.wrap_future(loading)
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((loaded, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if loaded.done():
-        loaded.result()
+def _logged(call: Call, status: Status) -> logs.Call:
+    notes = call.notes
+    return logs.Call(
+        method=call.path,
+        code=status.name,
+        seconds=time.monotonic() - call.started_s,
+        peer=call.peer,
+        request_id=str(notes.get("request_id", "")),
+        model=str(notes.get("model", "")),
+        version=str(notes.get("version", "")),
+        rows=int(notes.get("rows", 0)),
+    )

@@ -4,19 +4,23 @@ The only module that knows onnxruntime. It is given a whole batch and returns a 
 asked for which row is not its business.
 """
 
-import math
 import os
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from protos import bundle_pb2
 from service.errors import ModelError
-from service.tensors import DTYPE
+
+# Since 1.29 its wheels tell their maker which models are loaded, unless they are told not to before
+# they are loaded themselves.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 OPTIMIZATION = {
@@ -26,13 +30,36 @@ OPTIMIZATION = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 WIRE = {
+    "tensor(bool)": "BOOL",
     "tensor(uint8)": "UINT8",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
     "tensor(int32)": "INT32",
     "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
 }
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+CPU = ("CPUExecutionProvider",)
+# What a manifest may set: switches of the arithmetic. Others name files, which onnxruntime would
+# read and write for whoever may write a manifest.
+SWITCHES = frozenset(
+    {
+        "session.disable_quant_qdq",
+        "session.dynamic_block_base",
+        "session.enable_quant_qdq_cleanup",
+        "session.qdqisint8allowed",
+        "session.set_denormal_as_zero",
+        "session.x64quantprecision",
+    }
+)
+SWITCHED = re.compile(r"[0-9]{1,4}")
+# Where onnxruntime's own sources were built, and the frames it appends; nobody's business here.
+SOURCES = re.compile(r"\s*\S*/onnxruntime_src/.*", re.DOTALL)
+MAX_REASON_CHARACTERS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,47 +74,49 @@ class Tensor:
 class Session:
     """A model that is loaded. `run` may be called from several threads at once."""
 
-    def __init__(self, model: bytes, options: bundle_pb2.SessionOptions, *, threads: int) -> None:
-        """Load the model on the CPU; blocks, and holds the interpreter's lock meanwhile.
+    def __init__(
+        self,
+        model: bytes,
+        options: bundle_pb2.SessionOptions,
+        *,
+        threads: int,
+        providers: Sequence[str] = CPU,
+    ) -> None:
+        """Load the model; blocks.
 
         Args:
             model: the content of the .onnx file.
             options: what its parity was measured with.
             threads: in one model call; onnxruntime's own guess ignores a container's limits.
+            providers: onnxruntime's names, best first.
 
         Raises:
-            ModelError: onnxruntime refuses the model or the options.
+            ModelError: onnxruntime refuses the model or the options, or lacks a provider.
         """
-        if options.graph_optimization not in OPTIMIZATION:
+        missing = sorted(set(providers) - set(available_providers()))
+        if missing:
             raise ModelError(
-                f"graph_optimization is {options.graph_optimization!r}, "
-                f"expected one of {sorted(OPTIMIZATION)}"
+                f"{RUNTIME} has no {', '.join(missing)}, only {', '.join(available_providers())}; "
+                "install the extra gpu instead of service, or choose others with --providers"
             )
-        settings = onnxruntime.SessionOptions()
-        settings.graph_optimization_level = OPTIMIZATION[options.graph_optimization]
-        settings.intra_op_num_threads = threads
-        settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3
-        # A thread that spins while it waits for work takes the core the gRPC loop needs.
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings = _settings(options, threads)
         try:
-            for key, value in sorted(options.config.items()):
-                settings.add_session_config_entry(key, value)
             self._session = onnxruntime.InferenceSession(
                 model,
                 settings,
-                providers=["CPUExecutionProvider"],
+                providers=list(providers),
                 enable_fallback=False,  # it would try the same provider again and print about it
             )
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
             self.inputs = tuple(_tensor(node) for node in inputs)
             self.outputs = tuple(_tensor(node) for node in outputs)
+            self.providers: tuple[str, ...] = tuple(self._session.get_providers())
             self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         except ModelError:
             raise
         except Exception as error:
             # onnxruntime's exceptions share no base class but Exception.
-            raise ModelError(f"{RUNTIME} cannot load the model: {error}") from error
+            raise ModelError(f"{RUNTIME} cannot load the model: {_reason(error)}") from error
 
     def run(self, batch: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
         """Answer one batch; releases the interpreter's lock while it computes.
@@ -105,22 +134,39 @@ class Session:
         try:
             arrays = self._session.run(names, {self.inputs[0].name: batch})
         except Exception as error:
-            raise ModelError(f"{RUNTIME} cannot run the model: {error}") from error
+            raise ModelError(f"{RUNTIME} cannot run the model: {_reason(error)}") from error
         answers = dict(zip(names, arrays, strict=True))
         for name, array in answers.items():
             if len(array) != len(batch):
                 raise ModelError(f"{name} has {len(array)} rows, expected {len(batch)}")
         return answers
 
-    def warm_up(self, max_rows: int) -> None:
-        """Run every rung once, the largest first, so that memory is taken once and for all.
+    def warm_up(self, max_rows: int, row: NDArray[np.generic]) -> dict[int, float]:
+        """Run every rung, the largest first, so that memory is taken once and for all.
+
+        Args:
+            max_rows: the largest rung.
+            row: one row of an input, without the batch; it is repeated.
+
+        Returns:
+            Seconds that a call of each rung took once it was warm.
 
         Raises:
             ModelError: a rung fails.
         """
-        spec = self.inputs[0]
+        seconds = {}
         for rows in rungs(max_rows):
-            self.run(np.zeros((rows, *spec.shape[1:]), DTYPE[spec.datatype]))
+            batch = np.repeat(row[np.newaxis], rows, axis=0)
+            self.run(batch)
+            started_s = time.perf_counter()
+            self.run(batch)
+            seconds[rows] = time.perf_counter() - started_s
+        return seconds
+
+
+def available_providers() -> tuple[str, ...]:
+    """Return the execution providers that this onnxruntime was built with."""
+    return tuple(onnxruntime.get_available_providers())
 
 
 def rungs(max_rows: int) -> list[int]:
@@ -129,20 +175,35 @@ def rungs(max_rows: int) -> list[int]:
     return [max_rows, *sorted((rows for rows in below if rows < max_rows), reverse=True)]
 
 
-def cores() -> int:
-    """Return how many cores this process may use: its affinity, cut to its cgroup's quota."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(affinity or 1, _quota(CPU_MAX)))
+def _settings(options: bundle_pb2.SessionOptions, threads: int) -> onnxruntime.SessionOptions:
+    if options.graph_optimization not in OPTIMIZATION:
+        raise ModelError(
+            f"graph_optimization is {options.graph_optimization!r}, "
+            f"expected one of {sorted(OPTIMIZATION)}"
+        )
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = OPTIMIZATION[options.graph_optimization]
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    # A pattern is kept for every batch size; the arena alone, warmed largest first, stays put.
+    settings.enable_mem_pattern = False
+    # A thread that spins while it waits for work takes the core the gRPC loop needs.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for key, value in sorted(options.config.items()):
+        if key not in SWITCHES or not SWITCHED.fullmatch(value):
+            raise ModelError(
+                f"the session option {key[:64]!r} is {value[:64]!r}, expected numbers for "
+                f"{', '.join(sorted(SWITCHES))}"
+            )
+        settings.add_session_config_entry(key, value)
+    return settings
 
 
-def _quota(cpu_max: Path) -> int:
-    """Return the cores of a cgroup v2 `cpu.max` file, rounded up; very many if it sets none."""
-    unlimited = 1 << 16
-    try:
-        quota, period = cpu_max.read_text().split()
-        return unlimited if quota == "max" else math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):
-        return unlimited
+def _reason(error: Exception) -> str:
+    """Return what onnxruntime says, on one line and without what it says about its own sources."""
+    said = " ".join(SOURCES.sub("", str(error)).split())
+    return said if len(said) <= MAX_REASON_CHARACTERS else f"{said[: MAX_REASON_CHARACTERS - 1]}…"
 
 
 def _tensor(node: onnxruntime.NodeArg) -> Tensor:

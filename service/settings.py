@@ -1,16 +1,40 @@
 """The one list of the server's options; command line, environment and help are made from it."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from service.errors import SettingsError
 
 LIMITS = {
+    "poll_s": (0.05, 86_400),
+    "workers": (1, 256),
     "max_batch_rows": (1, 1 << 20),  # each of them is kept in memory once it was warmed
+    "max_queue_rows": (1, 1 << 24),
+    "max_queue_delay_ms": (0, 60_000),
+    "queue_timeout_ms": (0, 86_400_000),
+    "priority_levels": (0, 64),
+    "instances": (0, 256),
     "threads": (0, 256),  # more than any one call of a model has work for
+    "max_message_mib": (1, 2047),  # gRPC counts the bytes in 32 bits
+    "max_image_pixels": (1, 1 << 28),
+    "max_connection_age_s": (0, 86_400),
+    "pre_drain_s": (0, 86_400),
     "drain_s": (0, 86_400),
 }
+CHOICES = {
+    "model_control": ("poll", "explicit", "none"),
+    "log_format": ("console", "json"),
+}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+VERSION_POLICY = re.compile(r"all|latest(:[1-9][0-9]{0,3})?|specific:[1-9][0-9]*(,[1-9][0-9]*)*")
 ENVIRONMENT_PREFIX = "SERVE_EXPORT_"
+
+
+def _option(default: object, group: str, text: str) -> Any:  # noqa: ANN401  as field itself
+    """Declare one option; its help says what the value means, and its unit."""
+    return field(default=default, metadata={"group": group, "help": text})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,34 +42,145 @@ class Settings:
     """How one server runs.
 
     Raises:
-        SettingsError: a number is out of its range.
+        SettingsError: a value cannot work.
     """
 
-    repository: Path = field(metadata={"help": "Folder of NAME/VERSION bundles."})
-    address: str = field(
-        default="127.0.0.1:8001",
-        metadata={"help": "HOST:PORT to listen on; port 0 takes a free one."},
+    repository: Path = field(
+        metadata={"group": "Models", "help": "Folder of NAME/VERSION bundles."}
     )
-    max_batch_rows: int = field(
-        default=256,  # as many as the parity of a variant is measured with in one call
-        metadata={"help": "Most images one request may hold."},
+    model_control: str = _option(
+        "poll",
+        "Models",
+        "poll: watch the folder for new versions; explicit: load and unload when told over gRPC; "
+        "none: load once.",
     )
-    threads: int = field(
-        default=0,
-        metadata={"help": "onnxruntime's threads in one model call; 0: this host's cores."},
+    poll_s: float = _option(
+        5.0, "Models", "Seconds between two looks at the folder, besides its file system's events."
     )
-    drain_s: float = field(
-        default=30.0,  # what Triton waits; Kubernetes' own grace period is as long
-        metadata={"help": "Longest wait, in seconds, for calls in flight when stopping."},
+    version_policy: str = _option(
+        "latest:1",  # as Triton
+        "Models",
+        "Which versions are served: latest:N, all, or specific:1,3; a model's config.pbtxt wins. "
+        "Aliased versions always are.",
     )
-    stop_with_stdin: bool = field(
-        default=False,
-        metadata={"help": "Stop when standard input is closed, as by the end of the parent."},
+    providers: str = _option(
+        "cpu", "Models", "onnxruntime's execution providers, best first: cpu, or cuda,cpu."
+    )
+
+    address: str = _option(
+        "127.0.0.1:8001", "Network", "HOST:PORT to listen on; port 0 takes a free one."
+    )
+    metrics_address: str = _option("", "Network", "HOST:PORT of Prometheus' /metrics; empty: none.")
+    workers: int = _option(1, "Network", "Processes that share the address, each with its models.")
+    max_message_mib: int = _option(
+        64,  # gRPC's own 4 MiB stops a batch of 1,400 colour images of 32 x 32 in float32
+        "Network",
+        "Largest request and answer, in MiB.",
+    )
+    max_connection_age_s: float = _option(
+        0.0, "Network", "Seconds after which a client must connect anew, for balancing; 0: never."
+    )
+    server_name: str = _option(
+        "train-export", "Network", "Name that ServerMetadata answers, for clients that ask for one."
+    )
+
+    max_batch_rows: int = _option(
+        256,  # as many as the parity of a variant is measured with in one call
+        "Batching",
+        "Most images in one request, and joined into one call of the model.",
+    )
+    max_queue_rows: int = _option(
+        4096,  # a full queue of the largest requests keeps every instance busy for eight calls
+        "Batching",
+        "Most images that may wait; more are refused with UNAVAILABLE.",
+    )
+    max_queue_delay_ms: float = _option(
+        0.0, "Batching", "Longest wait for more images while nothing runs; 0: never wait."
+    )
+    queue_timeout_ms: float = _option(
+        0.0, "Batching", "Longest wait in the queue; 0: as long as the caller waits."
+    )
+    priority_levels: int = _option(
+        0, "Batching", "Levels of priority a request may ask for, 1 first; 0: none."
+    )
+    instances: int = _option(
+        0, "Batching", "Calls of one model at a time; 0: as many as cores, at most 4."
+    )
+    threads: int = _option(
+        0, "Batching", "onnxruntime's threads in one call; 0: the cores, divided by instances."
+    )
+    max_image_pixels: int = _option(
+        16_000_000,  # 48 MB once decoded as RGB
+        "Batching",
+        "Most pixels, all pictures together, in one request of PNG or JPEG.",
+    )
+
+    token_file: Path | None = _option(
+        None, "Security", "File of tokens, one a line; a call then needs one of them."
+    )
+    admin_token_file: Path | None = _option(
+        None, "Security", "File of tokens that may load and unload models; without it nobody may."
+    )
+    tls_cert: Path | None = _option(None, "Security", "Certificate chain, PEM; needs --tls-key.")
+    tls_key: Path | None = _option(None, "Security", "Its private key, PEM.")
+    tls_client_ca: Path | None = _option(
+        None, "Security", "Authority that clients' certificates must come from, PEM."
+    )
+
+    log_format: str = _option("console", "Operation", "console, or json: one object a line.")
+    access_log: bool = _option(False, "Operation", "Log every call with its status and time.")
+    pre_drain_s: float = _option(
+        0.0,
+        "Operation",
+        "Seconds from SIGTERM, with health NOT_SERVING, until calls are refused; "
+        "as long as balancers take to notice.",
+    )
+    drain_s: float = _option(
+        30.0,  # what Triton waits; Kubernetes' own grace period is as long
+        "Operation",
+        "Longest wait, in seconds, for calls in flight when stopping.",
+    )
+    stop_with_stdin: bool = _option(
+        False, "Operation", "Stop when standard input is closed, as by the end of the parent."
     )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is opened."""
+        self._check_numbers()
+        self._check_words()
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("tls_cert and tls_key need each other; give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise SettingsError("tls_client_ca needs tls_cert and tls_key")
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that make these settings in another process."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {
+            f"{ENVIRONMENT_PREFIX}{name.upper()}": str(value)
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def _check_numbers(self) -> None:
         for name, (smallest, largest) in LIMITS.items():
             value = getattr(self, name)
             if not smallest <= value <= largest:  # so that nan is refused as well
                 raise SettingsError(f"{name} is {value}, expected {smallest} to {largest}")
+
+    def _check_words(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingsError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
+        if not VERSION_POLICY.fullmatch(self.version_policy):
+            raise SettingsError(
+                f"version_policy is {self.version_policy!r}, "
+                "expected all, latest:N or specific:N,N,…"
+            )
+        unknown = set(self.providers.split(",")) - PROVIDERS.keys()
+        if unknown:
+            raise SettingsError(
+                f"providers is {self.providers!r}, expected {' and '.join(PROVIDERS)}, by commas"
+            )

@@ -71,12 +71,51 @@ def tiny() -> Tiny:
     return Tiny()
 
 
+def line_model() -> bytes:
+    """Build y = 2x - 1 as ONNX, on float32 (batch, length)."""
+    shape: list[str | int] = ["batch", "length"]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Mul", ["x", "two"], ["doubled"]),
+            helper.make_node("Sub", ["doubled", "one"], ["y"]),
+        ],
+        "line",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [
+            numpy_helper.from_array(np.array(value, np.float32), name)
+            for name, value in (("two", 2), ("one", 1))
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
 MakeBundle = Callable[..., Path]
+
+
+def write_manifest(
+    path: Path,
+    manifest: bundle_pb2.BundleManifest,
+    edit: Callable[[bundle_pb2.BundleManifest], None],
+) -> None:
+    """List the two files that are read of every bundle, and write the manifest."""
+    for file in ("golden.npz", "model.onnx"):
+        content = (path / file).read_bytes()
+        manifest.files.add(
+            path=file, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)
+        )
+    edit(manifest)
+    (path / "manifest.json").write_text(json_format.MessageToJson(manifest))
 
 
 @pytest.fixture
 def make_bundle(tmp_path: Path) -> MakeBundle:
-    """Return a function that writes a whole bundle of the tiny model and returns its folder."""
+    """Return a function that writes a whole bundle of the tiny model and returns its folder.
+
+    `striped` is added to each logit of that class, to tell versions apart by their answers.
+    """
 
     def make(
         root: Path | None = None,
@@ -84,26 +123,29 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
         name: str = "tiny",
         version: int = 1,
         model: bytes | None = None,
+        striped: float = 0,
         edit: Callable[[bundle_pb2.BundleManifest], None] = lambda manifest: None,
     ) -> Path:
         path = (root or tmp_path / "models") / name / str(version)
         path.mkdir(parents=True)
-        (path / "model.onnx").write_bytes(model or tiny_model())
+        more = np.array([0, 0, striped], np.float32)
+        (path / "model.onnx").write_bytes(model or tiny_model(BIAS + more))
         images, hostile = tiny_images(12), tiny_images(5, seed=1)
-        labels = tiny_logits(images).argmax(axis=1)
+        logits = tiny_logits(images) + more
+        labels = logits.argmax(axis=1)
         np.savez(
             path / "golden.npz",
             images=images,
             labels=labels,
-            logits=tiny_logits(images),
+            logits=logits,
             hostile_images=hostile,
-            hostile_logits=tiny_logits(hostile),
+            hostile_logits=tiny_logits(hostile) + more,
         )
         report = agreement.compare(
-            tiny_logits(images),
-            tiny_logits(images),
+            logits,
+            logits,
             labels,
-            allowed=agreement.budget("float32", tiny_logits(images)),
+            allowed=agreement.budget("float32", logits),
             class_names=list(LABELS),
         )
         report.variant, report.path = "onnx-float32", "model.onnx"
@@ -122,13 +164,54 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
             served_variant="onnx-float32",
             parity=[report],
         )
-        for file in ("golden.npz", "model.onnx"):
-            content = (path / file).read_bytes()
-            manifest.files.add(
-                path=file, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)
-            )
-        edit(manifest)
-        (path / "manifest.json").write_text(json_format.MessageToJson(manifest))
+        write_manifest(path, manifest, edit)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def make_generic_bundle(tmp_path: Path) -> MakeBundle:
+    """Return a function that writes a bundle of y = 2x - 1, which is no classifier."""
+
+    def make(
+        root: Path | None = None,
+        *,
+        name: str = "line",
+        version: int = 1,
+        model: bytes | None = None,
+        edit: Callable[[bundle_pb2.BundleManifest], None] = lambda manifest: None,
+    ) -> Path:
+        path = (root or tmp_path / "models") / name / str(version)
+        path.mkdir(parents=True)
+        (path / "model.onnx").write_bytes(model or line_model())
+        inputs = np.linspace(-8, 8, 24, dtype=np.float32).reshape(8, 3)
+        hostile = np.array([[0, 1e6, -1e6]], np.float32)
+        np.savez(
+            path / "golden.npz",
+            inputs=inputs,
+            outputs=2 * inputs - 1,
+            hostile_inputs=hostile,
+            hostile_outputs=2 * hostile - 1,
+        )
+        report = agreement.compare_outputs(
+            2 * inputs - 1,
+            2 * inputs - 1,
+            allowed=agreement.budget("float32", 2 * inputs - 1),
+        )
+        report.variant, report.path = "onnx-float32", "model.onnx"
+        manifest = bundle_pb2.BundleManifest(
+            format=1,
+            name=name,
+            version=version,
+            kind=bundle_pb2.KIND_GENERIC,
+            input=bundle_pb2.TensorSpec(name="x", datatype="FP32", shape=(-1, -1)),
+            outputs=[bundle_pb2.TensorSpec(name="y", datatype="FP32", shape=(-1, -1))],
+            session=bundle_pb2.SessionOptions(graph_optimization="all"),
+            served_variant="onnx-float32",
+            parity=[report],
+        )
+        write_manifest(path, manifest, edit)
         return path
 
     return make

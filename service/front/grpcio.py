@@ -1,111 +1,442 @@
 """Serve `service.rpc` with grpcio's asyncio server.
 
-Carries bytes and statuses and decides nothing about them. Calls that run a model go to a small
-pool of threads, so that the event loop answers health checks meanwhile.
+Carries bytes, metadata and statuses, and decides nothing about them: what a call means is the
+Rpc's affair, who may call `service.access`'s. Reflection is grpcio's own.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from service.errors import AddressError
-from service.rpc import SERVICES, CallError, Rpc
+from protos import pool
+from service.access import Access
+from service.call import DRAINING, Call, CallError, Status, refusal
+from service.errors import AddressError, ServiceError, SettingsError
+from service.front.health import Health
+from service.rpc import SERVICES, STREAM, Rpc, stream_answer, stream_refusal
 
-# gRPC's own 4 MiB stops a batch of 1,400 colour images of 32 x 32 in float32.
-MAX_MESSAGE_BYTES = 64 << 20
 MAX_PENDING_CALLS = 1 << 20
-OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Beyond its own limit, gRPC's core answers calls it has not handed over with CANCELLED, which
-    # clients take for their own doing; 1,500 at once were enough.
-    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
-    ("grpc.so_reuseport", 0),  # otherwise a second server shares the port without a word
-)
+MAX_SETTLED = 8  # outcomes at a time; each takes the event loop about 0.2 ms
+MAX_STREAMED = 64  # requests of one stream that may wait for their answers
+# gRPC's own five minutes end connections that are kept alive. Clients ping every 10 s; what a
+# network does to two pings may bring them closer together.
+MIN_PING_INTERVAL_MS = 5_000
 CODES = {code.value[0]: code for code in grpc.StatusCode}
-Context = grpc.aio.ServicerContext[bytes, bytes]
-Handler = Callable[[bytes, Context], Awaitable[bytes]]
+IN_BAND = "triton_grpc_error"  # metadata that asks for real statuses on a stream
+UNIX = "unix:"
+HEALTH = "grpc.health.v1.Health"
+SERVING = {
+    True: health_pb2.HealthCheckResponse.SERVING,
+    False: health_pb2.HealthCheckResponse.NOT_SERVING,
+    None: health_pb2.HealthCheckResponse.SERVICE_UNKNOWN,
+}
+Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
+Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes] | None"
+Outcome: TypeAlias = bytes | CallError
+Request = TypeVar("Request", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transport:
+    """How a front listens.
+
+    Raises:
+        SettingsError: a file cannot be read.
+    """
+
+    address: str  # HOST:PORT, port 0 for a free one; or unix:PATH
+    max_message_bytes: int
+    max_connection_age_s: float = 0.0  # 0: no limit
+    shared_port: bool = False  # with other processes
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+
+    def options(self) -> list[tuple[str, int]]:
+        """Return grpcio's channel arguments."""
+        options = [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            # Beyond its own limit, gRPC's core answers calls it has not handed over with
+            # CANCELLED, which clients take for their own doing; 1,500 at once were enough.
+            ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+            ("grpc.keepalive_permit_without_calls", 1),  # or two hours hold for idle clients
+            # By default a second server would share the port without a word.
+            ("grpc.so_reuseport", int(self.shared_port)),
+        ]
+        if self.max_connection_age_s:
+            age_ms = round(self.max_connection_age_s * 1000)
+            options.append(("grpc.max_connection_age_ms", age_ms))
+            options.append(("grpc.max_connection_age_grace_ms", age_ms))
+        return options
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """Return what TLS needs; None without it."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        authority = _read(self.tls_client_ca) if self.tls_client_ca else None
+        return grpc.ssl_server_credentials(
+            [(_read(self.tls_key), _read(self.tls_cert))],
+            root_certificates=authority,
+            require_client_auth=authority is not None,
+        )
 
 
 class GrpcioFront:
     """A gRPC server on one address. Call its methods from one event loop, in their order."""
 
-    def __init__(self, rpc: Rpc, *, model_threads: int) -> None:
-        self._rpc = rpc
-        self._models = ThreadPoolExecutor(model_threads, thread_name_prefix="model")
-        self._server: grpc.aio.Server | None = None
-        self._health = health.aio.HealthServicer()
-
-    async def start(self, address: str) -> str:
-        """Listen and answer, though not yet as healthy.
+    def __init__(
+        self,
+        rpc: Rpc,
+        transport: Transport,
+        *,
+        access: Access,
+        observe: Callable[[Call], None] = lambda _: None,
+    ) -> None:
+        """Store the parts; `start` listens.
 
         Args:
-            address: `HOST:PORT`; port 0 takes a free one.
+            rpc: what is answered.
+            transport: where, and how.
+            access: who may call.
+            observe: told of every call before it is begun.
+        """
+        self._rpc = rpc
+        self._transport = transport
+        self._access = access
+        self._observe = observe
+        self._server: grpc.aio.Server | None = None
+        self._health = Health()
+        self._readers: set[asyncio.Task[None]] = set()  # one a stream
+        self.begun = 0  # calls so far
+
+    async def start(self) -> str:
+        """Listen and answer, though not yet as healthy.
 
         Returns:
             The address with the port that was taken.
 
         Raises:
             AddressError: it cannot be listened on.
+            SettingsError: TLS's files cannot be read or used.
         """
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._mailbox = _Mailbox(asyncio.get_running_loop())
+        self._server = grpc.aio.server(
+            options=self._transport.options(), interceptors=[_Guard(self._access)]
+        )
         for service in SERVICES:
             self._server.add_generic_rpc_handlers((self._handlers(service),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        host, _, _ = address.rpartition(":")
-        try:
-            port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise AddressError(
-                f"cannot listen on {address}: it is in use, or not an address of this machine; "
-                "choose another with --address HOST:PORT (port 0 takes a free one)"
-            ) from error
+        self._server.add_generic_rpc_handlers((_health_handlers(self._health),))
+        named = (*SERVICES, HEALTH, reflection.SERVICE_NAME)
+        self._server.add_generic_rpc_handlers((_reflection_handlers(named),))
+        self.show_health(ready=False, models={})
+        address = self._listen(self._server)
         await self._server.start()
-        return f"{host}:{port}"
+        return address
 
-    async def set_serving(self) -> None:
-        """Say over grpc.health.v1 that this server may be sent requests."""
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+    def show_health(self, *, ready: bool, models: dict[str, bool]) -> None:
+        """Say over grpc.health.v1 who may be sent requests.
+
+        Args:
+            ready: the server and its services.
+            models: by their names; one that is no longer among them is not serving.
+        """
+        overall = dict.fromkeys(("", *SERVICES), ready)
+        self._health.show({**models, **overall})  # whatever a model is called
+
+    def show_stopping(self) -> None:
+        """Say that nobody should send anything new, for good."""
+        self._health.stop()
 
     async def stop(self, grace_s: float) -> None:
-        """Say so, take no new calls, and let those in flight finish within `grace_s` seconds."""
-        await self._health.enter_graceful_shutdown()
+        """Take no new calls, and let those in flight finish within `grace_s` seconds.
+
+        Streams end once what they have sent is answered, and watches of health at once: their
+        clients would keep them open.
+        """
+        self._health.close()
+        for reader in self._readers:
+            reader.cancel()
         if self._server is not None:
             await self._server.stop(grace_s)
-        self._models.shutdown(wait=False, cancel_futures=True)
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
+    def _listen(self, server: grpc.aio.Server) -> str:
+        address, credentials = self._transport.address, self._transport.credentials()
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise AddressError(
+                f"cannot listen on {address}: it is in use, or not an address of this machine"
+                + (", or the certificate does not fit its key" if credentials else "")
+                + "; choose another with --address HOST:PORT (port 0 takes a free one)"
+            ) from error
+        if address.startswith(UNIX):
+            return address
+        return f"{address.rpartition(':')[0]}:{port}"
 
     def _handlers(self, service: str) -> grpc.GenericRpcHandler:
         prefix = f"/{service}/"
-        return grpc.method_handlers_generic_handler(
-            service,
-            {
-                # No (de)serializers: bytes in, bytes out.
-                path.removeprefix(prefix): grpc.unary_unary_rpc_method_handler(self._handler(path))
-                for path in self._rpc.methods
-                if path.startswith(prefix)
-            },
-        )
+        # No (de)serializers: bytes in, bytes out.
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            path.removeprefix(prefix): grpc.unary_unary_rpc_method_handler(self._unary(path))
+            for path in self._rpc.paths
+            if path.startswith(prefix)
+        }
+        if STREAM.startswith(prefix):
+            handlers[STREAM.removeprefix(prefix)] = grpc.stream_stream_rpc_method_handler(
+                self._stream
+            )
+        return grpc.method_handlers_generic_handler(service, handlers)
 
-    def _handler(self, path: str) -> Handler:
-        computes = self._rpc.methods[path].computes
-
+    def _unary(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def handle(content: bytes, context: Context) -> bytes:
+            call = self._call(path, content, context)
+            self._rpc.begin(call)
             try:
-                if not computes:
-                    return self._rpc.call(path, content)
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._models, self._rpc.call, path, content)
-            except CallError as error:
-                await context.abort(CODES[error.status], str(error))
-                raise  # abort has raised already; this tells the type checker so
+                outcome = await call.outcome
+            except asyncio.CancelledError:
+                call.cancel()
+                raise
+            if isinstance(outcome, CallError):
+                await _abort(context, outcome)
+            return outcome
 
         return handle
+
+    async def _stream(
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> AsyncIterator[bytes]:
+        """Answer a stream's requests in their order, though they are run as they come."""
+        begun: asyncio.Queue[_AioCall | None] = asyncio.Queue()
+        room = asyncio.Semaphore(MAX_STREAMED)
+        reader = asyncio.create_task(self._read(requests, context, begun, room))
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+        reader.add_done_callback(lambda _: begun.put_nowait(None))
+        call: _AioCall | None = None
+        try:
+            while (call := await begun.get()) is not None:
+                outcome = await call.outcome
+                if isinstance(outcome, bytes):
+                    yield stream_answer(outcome)
+                elif call.metadata.get(IN_BAND) == "true":
+                    await _abort(context, outcome)
+                else:
+                    yield stream_refusal(outcome, str(call.notes.get("request_id", "")))
+                room.release()
+            if reader.cancelled():  # by `stop`
+                await _abort(context, CallError(Status.UNAVAILABLE, DRAINING))
+        finally:
+            reader.cancel()
+            while call is not None:
+                call.cancel()
+                call = begun.get_nowait() if not begun.empty() else None
+
+    async def _read(
+        self,
+        requests: AsyncIterator[bytes],
+        context: Context,
+        begun: "asyncio.Queue[_AioCall | None]",
+        room: asyncio.Semaphore,
+    ) -> None:
+        async for content in requests:
+            await room.acquire()
+            call = self._call(self._rpc.streamed, content, context)
+            begun.put_nowait(call)
+            self._rpc.begin(call)
+
+    def _call(self, path: str, content: bytes, context: Context) -> "_AioCall":
+        left_s: float | None = context.time_remaining()  # the stubs know no call without one
+        call = _AioCall(
+            path,
+            content,
+            metadata=_texts(context.invocation_metadata()),
+            deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
+            peer=context.peer(),
+        )
+        call.mailbox = self._mailbox
+        call.outcome = self._mailbox.loop.create_future()
+        self.begun += 1
+        self._observe(call)
+        return call
+
+
+class _Mailbox:
+    """Hands outcomes from other threads to the event loop.
+
+    A few at a time: what comes in meanwhile, and may be refused at once, need not wait until a
+    whole batch is answered.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[asyncio.Future[Outcome], Outcome]] = deque()
+
+    def put(self, future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
+        if threading.get_ident() == self._thread:
+            _settle(future, outcome)
+            return
+        with self._lock:
+            self._waiting.append((future, outcome))
+            first = len(self._waiting) == 1
+        if first:
+            try:
+                self.loop.call_soon_threadsafe(self._empty)
+            except RuntimeError:  # the loop is closed: the server was ended by force
+                return
+
+    def _empty(self) -> None:
+        with self._lock:
+            waiting = self._waiting
+            now = [waiting.popleft() for _ in range(min(len(waiting), MAX_SETTLED))]
+            if waiting:
+                self.loop.call_soon(self._empty)
+        for future, outcome in now:
+            _settle(future, outcome)
+
+
+class _AioCall(Call):
+    """A call whose outcome an asyncio handler waits for."""
+
+    mailbox: _Mailbox
+    outcome: "asyncio.Future[Outcome]"
+
+    def _send(self, content: bytes) -> None:
+        self.mailbox.put(self.outcome, content)
+
+    def _send_error(self, error: CallError) -> None:
+        self.mailbox.put(self.outcome, error)
+
+
+class _Guard(grpc.aio.ServerInterceptor):
+    """Lets `Access` see every call of every service, known or not, before anything else does."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def intercept_service(  # type: ignore[override] # bytes are all that is handled
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        details = handler_call_details
+        try:
+            self._access.check(details.method, _texts(details.invocation_metadata))
+        except ServiceError as error:
+            return _refusing(refusal(details.method, error))
+        return await continuation(details)
+
+
+def _health_handlers(health: Health) -> grpc.GenericRpcHandler:
+    asked = health_pb2.HealthCheckRequest
+
+    async def check(content: bytes, context: Context) -> bytes:
+        service = (await _parsed(asked, content, context)).service
+        known = health.services()
+        if service not in known:
+            unknown = f"'{service[:64]}' is no service or model of this server"
+            await _abort(context, CallError(Status.NOT_FOUND, unknown))
+        return bytes(_state(known[service]).SerializeToString())
+
+    async def everything(content: bytes, context: Context) -> bytes:
+        await _parsed(health_pb2.HealthListRequest, content, context)
+        states = {name: _state(serving) for name, serving in health.services().items()}
+        return bytes(health_pb2.HealthListResponse(statuses=states).SerializeToString())
+
+    async def watch(content: bytes, context: Context) -> AsyncIterator[bytes]:
+        service = (await _parsed(asked, content, context)).service
+        async for serving in health.watch(service):
+            yield _state(serving).SerializeToString()
+        await _abort(context, CallError(Status.UNAVAILABLE, DRAINING))
+
+    return grpc.method_handlers_generic_handler(
+        HEALTH,
+        {
+            "Check": grpc.unary_unary_rpc_method_handler(check),
+            "List": grpc.unary_unary_rpc_method_handler(everything),
+            "Watch": grpc.unary_stream_rpc_method_handler(watch),
+        },
+    )
+
+
+def _reflection_handlers(services: Iterable[str]) -> grpc.GenericRpcHandler:
+    servicer = reflection.aio.ReflectionServicer(services, pool=_reflected())
+    asked = reflection_pb2.ServerReflectionRequest
+
+    async def reflect(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        parsed = (await _parsed(asked, content, context) async for content in requests)
+        async for response in servicer.ServerReflectionInfo(parsed, context):
+            yield response.SerializeToString()
+
+    return grpc.method_handlers_generic_handler(
+        reflection.SERVICE_NAME,
+        {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(reflect)},
+    )
+
+
+async def _parsed(kind: type[Request], content: bytes, context: Context) -> Request:
+    try:
+        request = kind.FromString(content)
+    except DecodeError:
+        unread = f"the request is not a {kind.DESCRIPTOR.full_name}"
+        await _abort(context, CallError(Status.INVALID_ARGUMENT, unread))
+    return request
+
+
+def _state(serving: bool | None) -> health_pb2.HealthCheckResponse:
+    return health_pb2.HealthCheckResponse(status=SERVING[serving])
+
+
+def _refusing(error: CallError) -> Handler:
+    """Return a handler that refuses any call, whether it streams or not, and reads nothing."""
+
+    async def refuse(_: AsyncIterator[bytes], context: Context) -> bytes:
+        await _abort(context, error)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
+    if not future.done():
+        future.set_result(outcome)
+
+
+async def _abort(context: Context, error: CallError) -> NoReturn:
+    await context.abort(CODES[error.status], str(error), error.trailers)
+
+
+def _texts(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    return {key: value for key, value in metadata or () if isinstance(value, str)}
+
+
+def _reflected() -> DescriptorPool:
+    """Return a pool of everything that is served; the libraries' own are in protobuf's pool."""
+    for module in (health_pb2, reflection_pb2):
+        pool.Default().AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+    return pool.Default()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error

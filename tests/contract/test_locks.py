@@ -10,10 +10,12 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+SERVICE = EXTRAS["service"] + EXTRAS["serving"]
+PIPELINE = EXTRAS["pipeline"] + SERVICE
 WANTED = {
-    "service": EXTRAS["service"],
-    "pipeline": EXTRAS["pipeline"] + EXTRAS["service"],
-    "dev": EXTRAS["pipeline"] + EXTRAS["service"] + PROJECT["dependency-groups"]["dev"],
+    "service": SERVICE,
+    "pipeline": PIPELINE,
+    "dev": PIPELINE + EXTRAS["telemetry"] + PROJECT["dependency-groups"]["dev"],
 }
 LOCKS = [*WANTED, "uv"]
 

@@ -12,7 +12,8 @@ from google.protobuf import json_format
 
 from pipeline import config, evaluate, parity, publish
 from pipeline.errors import PublishError
-from service import bundle
+from service import bundle, model_config
+from service.settings import Settings
 
 STAGER = """
 import os, signal, sys
@@ -71,7 +72,7 @@ def test_the_published_bundle_is_read_by_the_code_that_serves(publish_once):
 
     assert (content.manifest.name, content.manifest.version) == ("fashion-mnist-smoke", 1)
     assert content.manifest.served.passed
-    assert len(content.golden.images) == 200
+    assert len(content.golden.inputs) == 200
     assert np.bincount(content.golden.labels).tolist() == [20] * 10
 
 
@@ -214,6 +215,12 @@ def test_triton_is_told_the_same_tensors(publish_once):
     assert 'name: "fashion-mnist-smoke"' in text
     assert '{ name: "image", data_type: TYPE_UINT8, dims: [ 28, 28, 1 ] }' in text
     assert '{ name: "logits", data_type: TYPE_FP32, dims: [ 10 ] }' in text
+
+
+def test_what_triton_is_told_changes_nothing_for_our_own_server(publish_once):
+    usual = model_config.of_server(Settings(repository=Path()), cores=2)
+
+    assert model_config.read(publish_once().path.parent, usual) == usual
 
 
 def test_outside_a_git_checkout_the_commit_is_left_empty(tmp_path):

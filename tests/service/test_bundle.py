@@ -2,6 +2,8 @@ import hashlib
 import io
 import json
 import random
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -54,9 +56,9 @@ def test_whole_bundle_is_read_with_its_model_and_golden_set(make_bundle, tiny):
 
     assert (content.path, content.manifest.name, content.manifest.version) == (path, "tiny", 1)
     assert content.model == (path / "model.onnx").read_bytes()
-    np.testing.assert_array_equal(content.golden.logits, tiny.logits(content.golden.images))
-    assert len(content.golden.labels) == len(content.golden.images)
-    assert len(content.golden.hostile_logits) == len(content.golden.hostile_images)
+    np.testing.assert_array_equal(content.golden.outputs, tiny.logits(content.golden.inputs))
+    assert len(content.golden.labels) == len(content.golden.inputs)
+    assert len(content.golden.hostile_outputs) == len(content.golden.hostile_inputs)
 
 
 def test_digest_of_a_file_is_that_of_its_bytes(tmp_path):
@@ -164,10 +166,29 @@ def test_listed_path_that_no_file_system_takes_is_refused(make_bundle):
     assert refusal(path) == f"tiny/1/{'a' * 300} cannot be read: File name too long"
 
 
-def test_listed_path_with_a_null_byte_is_refused(make_bundle):
-    path = make_bundle(edit=lambda manifest: manifest.files.add(path="a\0b"))
+@pytest.mark.parametrize("listed", ["a\0b", "a\nb", "\u202eb", "a" * 1001], ids=ascii)
+def test_listed_path_that_is_not_the_name_of_a_file_is_refused_in_one_short_line(
+    make_bundle, listed
+):
+    path = make_bundle(edit=lambda manifest: manifest.files.add(path=listed))
+
+    message = refusal(path)
+    assert message.endswith(", which is not a file's name")
+    assert message.isprintable()
+    assert len(message) < 300
+
+
+def test_listed_path_as_long_as_they_may_be_is_looked_for(make_bundle):
+    path = make_bundle(edit=lambda manifest: manifest.files.add(path="a/" * 499 + "ab"))
 
     assert "is missing, or not a plain file" in refusal(path)
+
+
+def test_digest_that_is_none_is_shown_without_its_control_characters(make_bundle):
+    def edit(manifest):
+        manifest.files[1].sha256 = "a\n\0" * 100
+
+    assert "expected a\\n\\x00a\\n\\x00" in refusal(make_bundle(edit=edit))
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "golden.npz"])
@@ -264,6 +285,35 @@ def test_manifest_at_the_size_limit_is_taken_and_one_byte_more_is_refused(make_b
 def test_content_that_is_not_a_manifest_is_refused_in_one_line(content):
     with pytest.raises(BundleError, match=r"\Ahere is not a bundle manifest: [^\n]+\Z"):
         bundle.parse_manifest(content, "here")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"5", "it has other fields than a manifest"),
+        (b'{"\\ud800": 1}', "it has other fields than a manifest"),
+        (
+            b'{"labels": "\\ud800\\n"}',
+            "Failed to parse labels field: repeated field labels must be in [] which is \\ud800",
+        ),
+    ],
+)
+def test_reason_names_nothing_inside_and_can_be_sent(content, reason):
+    with pytest.raises(BundleError) as caught:
+        bundle.parse_manifest(content, "here")
+
+    assert str(caught.value) == f"here is not a bundle manifest: {reason}"
+    assert str(caught.value).encode().decode().isprintable()
+
+
+def test_reason_is_short_however_long_what_is_wrong_may_be():
+    with pytest.raises(BundleError) as caught:
+        bundle.parse_manifest(json.dumps({"labels": "x" * 1_000_000}).encode(), "here")
+    assert len(str(caught.value)) < 300
+
+    with pytest.raises(BundleError) as caught:
+        bundle.parse_manifest(json.dumps({"format": 1, "name": "/" * 1000}).encode(), "here")
+    assert str(caught.value) == f"here names the model '{'/' * 200}…', which is not a name"
 
 
 VALID = json_format.MessageToJson(
@@ -407,3 +457,61 @@ def test_pickled_golden_set_is_refused_and_not_unpickled(make_bundle):
     rewrite(path, "golden.npz", npz(arrays))
 
     assert "Object arrays cannot be loaded" in refusal(path)
+
+
+def archive(member):
+    """Return a golden set's archive with the same bytes for every array."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        for name in ("images", "labels", "logits", "hostile_images", "hostile_logits"):
+            made.writestr(f"{name}.npy", member)
+    return file.getvalue()
+
+
+def headed(header):
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (",
+        b"  {\n 'a':\n  b\n c}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (3.0,)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1180591620717411303424,)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,)}",
+        b"{'descr': 'O', 'fortran_order': False, 'shape': (3,)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': int}",
+        b"-" * 9000 + b"1",
+    ],
+    ids=repr,
+)
+def test_array_that_cannot_be_read_is_refused_without_naming_anything_inside(make_bundle, header):
+    path = make_bundle()
+    rewrite(path, "golden.npz", archive(headed(header)))
+
+    message = refusal(path)
+    assert message.startswith("tiny/1/golden.npz is not a golden set: ")
+    assert " at 0x" not in message
+    assert message.isprintable()
+
+
+def test_file_in_a_golden_set_that_is_no_array_is_refused(make_bundle):
+    path = make_bundle()
+    rewrite(path, "golden.npz", archive(b"pixels"))
+
+    assert refusal(path) == "tiny/1/golden.npz is not a golden set: images is not an array"
+
+
+def test_golden_set_that_would_fill_the_memory_is_refused_before_it_is_unpacked(make_bundle):
+    path = make_bundle()
+    size, huge = len(headed(b"")), bundle.MAX_GOLDEN_BYTES // 5 + 1
+    content = archive(headed(b"")).replace(
+        struct.pack("<II", size, size), struct.pack("<II", size, huge)
+    )
+    rewrite(path, "golden.npz", content)
+
+    assert refusal(path) == (
+        f"tiny/1/golden.npz is not a golden set: it has {huge * 5} bytes unpacked, "
+        f"expected at most {bundle.MAX_GOLDEN_BYTES}"
+    )

@@ -1,9 +1,10 @@
 import json
+import logging
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from protos import bundle_pb2, inference_pb2
+from service import aliases
 from service.__main__ import app
-from service.rpc import SERVICES, Rpc
+from service.model_config import VersionPolicy
+from service.rpc import Rpc
 from service.settings import ENVIRONMENT_PREFIX, Settings
 
 NOBODY = "127.0.0.1:1"
@@ -21,6 +24,7 @@ NOBODY = "127.0.0.1:1"
 @pytest.fixture
 def run(monkeypatch):
     """Return a function that runs the command line in this process."""
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")  # which `serve` would set for good
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
 
@@ -28,6 +32,18 @@ def run(monkeypatch):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return run
+
+
+@pytest.fixture
+def keep_logging():
+    """Put logging and warnings back to what they were before `serve` has set them up."""
+    root, access = logging.getLogger(), logging.getLogger("watchfiles")
+    before = root.level, list(root.handlers), access.level
+    with warnings.catch_warnings():
+        yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    access.setLevel(before[2])
 
 
 @pytest.fixture
@@ -57,13 +73,40 @@ def sentence(result):
     return plain(result.stderr).removeprefix("error: ").rstrip("\n")
 
 
-def test_help_names_every_setting_with_its_variable_and_default(run):
-    shown = " ".join(plain(run("serve", "--help").stdout).split())
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_help_names_every_setting_with_its_variable_and_default(run, command):
+    result = run(command, "--help")
+    shown = " ".join(plain(result.stdout).replace("│", " ").split())
 
+    assert result.exit_code == 0
     for field in fields(Settings):
         assert f"--{field.name.replace('_', '-')}" in shown
-        assert f"{ENVIRONMENT_PREFIX}{field.name.upper()}" in shown
+        assert f"{ENVIRONMENT_PREFIX}{field.name.upper()}" in shown.replace(" ", "")
     assert "127.0.0.1:8001" in shown
+
+
+def test_help_of_serve_stands_in_panels_one_a_subject(run):
+    lines = plain(run("serve", "--help").stdout).splitlines()
+
+    panels = [re.match(r"╭─ (\w+) ─", line) for line in lines]
+    assert [panel[1] for panel in panels if panel] == [
+        "Options", "Models", "Network", "Batching", "Security", "Operation",
+    ]  # fmt: skip
+
+
+def test_help_of_serve_says_how_it_ends_and_that_no_secret_is_an_option(run):
+    shown = " ".join(plain(run("serve", "--help").stdout).split())
+
+    assert "Exit status: 0 stopped cleanly, 1 could not start, 2 wrong options." in shown
+    assert "SERVE_EXPORT_TOKEN and SERVE_EXPORT_ADMIN_TOKEN" in shown
+    assert run("serve", "--repository", "x", "--token", "secret").exit_code == 2
+
+
+def test_what_only_workers_are_started_with_is_not_shown(run):
+    shown = plain(run("--help").stdout)
+
+    assert all(name in shown for name in ("serve", "alias", "doctor", "predict", "parity"))
+    assert "worker" not in shown
 
 
 def test_no_command_shows_the_help(run):
@@ -79,6 +122,10 @@ def test_no_command_shows_the_help(run):
         ("serve",),
         ("serve", "--repository", "x", "--threads", "many"),
         ("serve", "--repository", "x", "--nonsense"),
+        ("serve", "--repository", "x", "--access-log", "maybe"),
+        ("worker", "--repository", "x"),
+        ("alias", "tiny"),
+        ("alias", "tiny", "champion", "first"),
         ("predict",),
         ("predict", "a.png", "--top", "0"),
         ("nonsense",),
@@ -88,12 +135,116 @@ def test_wrong_options_end_with_status_2(run, arguments):
     assert run(*arguments).exit_code == 2
 
 
-def test_number_out_of_its_range_is_said_to_be_so(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")  # which the command would set for good
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--max-batch-rows", "0"), "max_batch_rows is 0, expected 1 to 1048576"),
+        (("--poll-s", "nan"), "poll_s is nan, expected 0.05 to 86400"),
+        (
+            ("--model-control", "sometimes"),
+            "model_control is 'sometimes', expected one of poll, explicit, none",
+        ),
+        (
+            ("--version-policy", "newest"),
+            "version_policy is 'newest', expected all, latest:N or specific:N,N,…",
+        ),
+        (("--providers", "gpu"), "providers is 'gpu', expected cpu and cuda, by commas"),
+        (
+            ("--tls-cert", "c.pem"),
+            "tls_cert and tls_key need each other; give both or neither",
+        ),
+    ],
+)
+def test_setting_that_cannot_work_is_said_to_be_so(run, tmp_path, options, reason):
+    assert sentence(run("serve", "--repository", tmp_path, *options)) == reason
 
-    result = run("serve", "--repository", tmp_path, "--max-batch-rows", "0")
 
-    assert sentence(result) == "max_batch_rows is 0, expected 1 to 1048576"
+@pytest.mark.parametrize("option", ["token", "admin-token"])
+def test_file_of_tokens_that_cannot_be_used_is_said_to_be_so(run, tmp_path, option, keep_logging):
+    path = tmp_path / "tokens"
+    command = ("serve", "--repository", tmp_path, f"--{option}-file", path)
+
+    assert sentence(run(*command)).startswith(f"token file {path} cannot be read: ")
+    path.write_text("\n \n")
+    assert sentence(run(*command)) == f"token file {path} has no token; expected one a line"
+    path.write_text("short\n")
+    assert sentence(run(*command)) == (
+        "a token has fewer than 16 characters; make one with: openssl rand -hex 32"
+    )
+
+
+@pytest.mark.parametrize("variable", ["SERVE_EXPORT_TOKEN", "SERVE_EXPORT_ADMIN_TOKEN"])
+def test_token_of_the_environment_that_can_be_guessed_is_refused_and_not_shown(
+    run, tmp_path, monkeypatch, keep_logging, variable
+):
+    monkeypatch.setenv(variable, "secret")
+
+    refused = sentence(run("serve", "--repository", tmp_path))
+
+    assert refused.startswith("a token has fewer than 16 characters")
+    assert "secret" not in refused
+
+
+# Aliases
+
+
+@pytest.fixture
+def alias(run, make_bundle):
+    """Return a function that runs `alias` on a repository of three versions, and the model."""
+    model = [make_bundle(version=number).parent for number in (1, 2, 3)][-1]
+    return lambda *words: run("alias", *words, "--repository", model.parent), model
+
+
+def test_alias_is_set_moved_and_removed_and_says_what_it_was(alias):
+    alias, model = alias
+
+    for words, said in (
+        (("champion", 2), "tiny champion: version 2 (was not set)\n"),
+        (("champion", 3), "tiny champion: version 3 (was version 2)\n"),
+        (("candidate", 1), "tiny candidate: version 1 (was not set)\n"),
+        (("champion",), "tiny champion: not set (was version 3)\n"),
+        (("champion",), "tiny champion: not set (was not set)\n"),
+    ):
+        result = alias("tiny", *words)
+        assert (result.exit_code, result.stdout) == (0, said)
+    assert aliases.read(model) == {"candidate": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("tiny", "champion", 4), "tiny has no version 4 for champion to point at"),
+        (("none", "champion", 1), "there is no model 'none'; name one that was published"),
+        (
+            ("tiny", "Champion", 1),
+            "'Champion' is not an alias; expected lower-case letters and digits",
+        ),
+    ],
+)
+def test_alias_that_cannot_be_is_refused_and_nothing_is_changed(alias, words, reason):
+    alias, model = alias
+
+    assert sentence(alias(*words)) == reason
+    assert aliases.read(model) == {}
+
+
+def test_aliases_that_cannot_be_read_are_not_written_over(alias):
+    alias, model = alias
+    (model / "aliases.json").write_text("{")
+
+    assert sentence(alias("tiny", "champion", 1)).startswith("tiny/aliases.json is not JSON: ")
+    assert (model / "aliases.json").read_text() == "{"
+
+
+def test_repository_of_an_alias_may_come_from_the_environment(run, make_bundle, monkeypatch):
+    model = make_bundle().parent
+    monkeypatch.setenv("SERVE_EXPORT_REPOSITORY", str(model.parent))
+
+    assert run("alias", "tiny", "champion", 1).exit_code == 0
+    assert aliases.read(model) == {"champion": 1}
+
+
+# Asking a server
 
 
 def test_labels_come_with_the_likeliest_first(run, address, picture):
@@ -144,18 +295,19 @@ def test_invert_is_what_the_model_sees(run, address, picture):
     assert next(iter(json.loads(result.stdout)[0]["probabilities"])) == "dark"
 
 
-def test_named_version_answers(run, make_bundle, load, listen, picture):
+def test_named_version_answers(run, make_bundle, open_repository, listen, picture):
     make_bundle(version=2)
-    address = listen(Rpc(load(make_bundle())))
+    repository = open_repository(make_bundle().parents[1], policy=VersionPolicy())
+    address = listen(Rpc(repository))
 
     for options, version in (((), "2"), (("--version", "1"), "1")):
         result = run("predict", picture(5), "--address", address, "--json", *options)
         assert json.loads(result.stdout)[0]["version"] == version
 
 
-def test_one_of_several_models_must_be_chosen(run, make_bundle, load, listen, picture):
+def test_one_of_several_models_must_be_chosen(run, make_bundle, open_repository, listen, picture):
     make_bundle(name="other")
-    address = listen(Rpc(load(make_bundle())))
+    address = listen(Rpc(open_repository(make_bundle().parents[1])))
 
     assert sentence(run("predict", picture(5), "--address", address)) == (
         "the server has the models other, tiny; choose one with --model"
@@ -163,33 +315,22 @@ def test_one_of_several_models_must_be_chosen(run, make_bundle, load, listen, pi
     assert run("predict", picture(5), "--address", address, "--model", "other").exit_code == 0
 
 
-class Fake:
-    """An Rpc with canned answers."""
-
-    def __init__(self, **answers):
-        self._answers = {f"/{SERVICES[0]}/{name}": answer for name, answer in answers.items()}
-        self.methods = {path: SimpleNamespace(computes=False) for path in self._answers}
-
-    def call(self, path, content):
-        return self._answers[path].SerializeToString()
-
-
-def test_server_without_a_model_is_said_to_have_none(run, listen, picture):
-    address = listen(Fake(RepositoryIndex=inference_pb2.RepositoryIndexResponse()))
+def test_server_without_a_model_is_said_to_have_none(run, serve, picture):
+    address = serve(RepositoryIndex=lambda *_: inference_pb2.RepositoryIndexResponse())
 
     assert sentence(run("predict", picture(5), "--address", address)) == (
         "the server has the models none; choose one with --model"
     )
 
 
-def test_model_that_takes_no_pictures_is_said_to_be_so(run, listen, picture):
-    about = inference_pb2.ModelMetadataResponse(name="flat")
-    about.inputs.add(name="x", datatype="FP32", shape=[-1, 7])
-    address = listen(Fake(ModelMetadata=about))
+def test_model_that_takes_no_pictures_is_said_to_be_so(
+    run, make_generic_bundle, open_repository, listen, picture
+):
+    address = listen(Rpc(open_repository(make_generic_bundle().parents[1])))
 
-    result = run("predict", picture(5), "--address", address, "--model", "flat")
+    result = run("predict", picture(5), "--address", address, "--model", "line")
 
-    assert sentence(result) == "flat takes tensors of shape (7,), not pictures"
+    assert sentence(result) == "line takes tensors of shape (-1,), not pictures"
 
 
 def test_file_that_is_no_picture_is_said_to_be_so(run, address, tmp_path):
@@ -214,14 +355,16 @@ def test_address_is_taken_from_the_environment_and_the_option_wins(run, address,
     assert run("parity", "--address", address).exit_code == 0
 
 
-def test_parity_shows_every_report_and_the_hosts_self_check(run, make_bundle, load, listen):
+def test_parity_shows_every_report_and_the_hosts_self_check(
+    run, make_bundle, open_repository, listen
+):
     def edit(manifest):
         manifest.served.CopyFrom(manifest.parity[0])
         manifest.served.variant = "served"
         failed = bundle_pb2.ParityReport(variant="tflite-int8", failure="it is far off")
         manifest.parity.append(failed)
 
-    address = listen(Rpc(load(make_bundle(edit=edit))))
+    address = listen(Rpc(open_repository(make_bundle(edit=edit).parents[1])))
 
     shown = run("parity", "--address", address).stdout
 

@@ -4,11 +4,12 @@ import pytest
 
 from protos import bundle_pb2, parity_pb2
 from service.errors import InvalidRequestError, ModelNotFoundError, ModelNotReadyError
+from service.model_config import VersionPolicy
 from service.parity_rpc import get_parity, properties
 
 
 @pytest.fixture
-def several(make_bundle, load):
+def several(make_bundle, open_repository):
     """tiny 1 and 10 and other 1 are ready, tiny 11 is refused."""
 
     def serve(manifest):
@@ -17,7 +18,7 @@ def several(make_bundle, load):
     make_bundle(name="other")
     make_bundle(version=10, edit=serve)
     make_bundle(version=11).joinpath("model.onnx").unlink()
-    return load(make_bundle())
+    return open_repository(make_bundle().parents[1], policy=VersionPolicy())
 
 
 def asked(repository, **fields):
@@ -52,6 +53,25 @@ def test_parity_of_what_is_not_served_is_refused(several):
         asked(several, model="tiny", version="x")
 
 
+def test_alias_names_a_version(several, tmp_path):
+    (tmp_path / "models" / "tiny" / "aliases.json").write_text('{"champion": 1}')
+    several.reconcile()
+
+    assert asked(several, model="tiny", version="champion") == [("tiny", "1")]
+    assert asked(several, model="tiny") == [("tiny", "1"), ("tiny", "10")]
+
+
+def test_generic_model_has_parity_and_properties_too(make_generic_bundle, open_repository):
+    repository = open_repository(make_generic_bundle().parents[1])
+
+    (one,) = get_parity(repository, parity_pb2.GetParityRequest(model="line")).versions
+    said = properties(repository.get("line", ""))
+
+    assert one.self_check.report.passed
+    assert json.loads(said["labels"]) == []
+    assert said["max_batch_rows"] == "8"
+
+
 def test_answer_holds_what_was_published_and_what_this_host_measured(several):
     one, ten = get_parity(several, parity_pb2.GetParityRequest(model="tiny")).versions
 
@@ -62,17 +82,17 @@ def test_answer_holds_what_was_published_and_what_this_host_measured(several):
     assert one.self_check == several.get("tiny", "1").self_check
 
 
-def test_properties_say_what_the_manifest_and_the_self_check_say(make_bundle, load):
+def test_properties_say_what_the_manifest_and_the_self_check_say(make_bundle, open_repository):
     def edit(manifest):
         manifest.dataset.name, manifest.dataset.sha256 = "noise", "d1"
         manifest.provenance.parent_sha256, manifest.provenance.run = "d2", "r1"
 
-    served = load(make_bundle(edit=edit)).get("tiny", "")
-    said = properties(served, 8)
+    served = open_repository(make_bundle(edit=edit).parents[1], max_batch_rows=5).get("tiny", "")
+    said = properties(served)
 
     model = next(file for file in served.manifest.files if file.path == "model.onnx")
     assert json.loads(said["labels"]) == ["dark", "light", "striped"]
-    assert said["max_batch_rows"] == "8"
+    assert said["max_batch_rows"] == "5"
     assert said["model.sha256"] == model.sha256
     assert (said["dataset.name"], said["dataset.sha256"]) == ("noise", "d1")
     assert (said["parent.sha256"], said["run"]) == ("d2", "r1")

@@ -1,38 +1,147 @@
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import numpy as np
+import onnx
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from onnx import TensorProto, helper, numpy_helper
 
 from protos import inference_pb2, inference_pb2_grpc
 from service.client import Client
-from service.repository import Repository
 from service.rpc import Rpc
 
-BIG = ("--max-batch-rows", "100000")
-SHORT = ("--address", "127.0.0.1:0", "--max-batch-rows", "8", "--threads", "1")
+BIG = ("--max-batch-rows", "100000", "--max-queue-rows", "1000000")
+FREE = ("--address", "127.0.0.1:0")
+SHORT = (*FREE, "--max-batch-rows", "8", "--threads", "1", "--instances", "1")
+QUICK = ("--poll-s", "0.2")
+WAIT_S = 60
+TOKEN = "an-admin-s-token-of-length"
+DRAINING = "GRPC server is shutting down and has stopped accepting new requests."
 
 
 def repository(bundle):
     return ("--repository", str(bundle.parents[1]))
 
 
+def until(condition):
+    """Wait for what another process does."""
+    end_s = time.monotonic() + WAIT_S
+    while not (value := condition()):
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+    return value
+
+
 def error(process):
-    """Return the last line of a process that could not start, without its colours."""
+    """Return the last line of a process that could not start."""
     assert process.wait() == 1
     return process.log.read_text().splitlines()[-1]
 
 
-def health(channel):
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def stub(channel):
+    return inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def health(channel, service=""):
     answer = health_pb2_grpc.HealthStub(channel).Check(
-        health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True
+        health_pb2.HealthCheckRequest(service=service), timeout=30, wait_for_ready=True
     )
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def version(channel, infer, tiny, **fields):
+    """Return which version answers."""
+    answer = stub(channel).ModelInfer(infer(tiny.images(1), **fields), timeout=30)
+    return answer.model_version
+
+
+def publish(make_bundle, root, **fields):
+    """Make a bundle in a hidden folder and rename it into place, as the pipeline does."""
+    staged = make_bundle(root / ".staging", **fields)
+    home = root / staged.parent.name
+    home.mkdir(exist_ok=True)
+    staged.rename(home / staged.name)
+    return home / staged.name
+
+
+def endless(tiny):
+    """Let the tiny model's logits go round a loop that takes centuries."""
+    model = onnx.load_from_string(tiny.model())
+    row: list[str | int | None] = ["batch", len(tiny.labels)]
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Identity", ["value"], ["same"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("value", TensorProto.FLOAT, row),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("same", TensorProto.FLOAT, row),
+        ],
+    )
+    model.graph.node[2].output[0] = "before"
+    loop = helper.make_node("Loop", ["rounds", "yes", "before"], ["logits"], body=body)
+    model.graph.node.insert(3, loop)
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array(2**62), "rounds"),
+            numpy_helper.from_array(np.array(True), "yes"),
+        ]
+    )
+    return model.SerializeToString()
+
+
+def children(pid):
+    return [
+        int(child)
+        for file in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in file.read_text().split()
+    ]
+
+
+class Watch:
+    """What grpc.health.v1 tells of a service, as it tells it."""
+
+    def __init__(self, channel, service=""):
+        self._call = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=service), wait_for_ready=True
+        )
+        self.seen = []
+        self.ended = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        try:
+            for answer in self._call:
+                self.seen.append(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+        except grpc.RpcError:
+            pass
+        self.ended.set()
+
+
+# Start
 
 
 def test_server_answers_after_it_said_where_and_stops_cleanly_when_told_to(
@@ -53,52 +162,28 @@ def test_server_answers_after_it_said_where_and_stops_cleanly_when_told_to(
     assert log.rstrip().endswith("service.server: stopped")
 
 
-def test_server_stops_when_its_standard_input_is_closed_and_not_before(make_bundle, start_server):
-    server = start_server(*repository(make_bundle()), *SHORT, "--stop-with-stdin")
-    address = server.address()
-    server.popen.stdin.write("this is not the end\n")
-    server.popen.stdin.flush()
-    with Client(address) as client:
-        assert client.models()
-
-    server.popen.stdin.close()
-
-    assert server.wait() == 0
-
-
-def test_port_that_is_in_use_is_said_to_be_so(make_bundle, listen, rpc, start_server, tmp_path):
-    address = listen(rpc)
-
-    server = start_server(
-        "--repository", str(tmp_path / "models"), "--address", address, COLUMNS="400"
-    )
-
-    assert error(server) == (
-        f"error: cannot listen on {address}: it is in use, or not an address of this machine; "
-        "choose another with --address HOST:PORT (port 0 takes a free one)"
-    )
-
-
-def test_repository_that_is_empty_or_absent_is_said_to_be_so(start_server, tmp_path):
-    (tmp_path / "empty").mkdir()
-
-    empty = start_server("--repository", str(tmp_path / "empty"), *SHORT)
-    absent = start_server("--repository", str(tmp_path / "absent"), *SHORT)
-
-    assert error(empty) == (
-        f"error: {tmp_path}/empty holds no bundle (NAME/VERSION/manifest.json); "
-        "publish one with: train-export run"
-    )
-    assert error(absent) == (
-        f"error: repository {tmp_path}/absent cannot be read: No such file or directory; "
-        "publish into it with: train-export run, or name another with --repository"
-    )
-
-
-def test_refused_version_is_listed_and_does_not_stop_a_server_set_up_by_its_environment(
-    make_bundle, start_server
+@pytest.mark.slow
+def test_several_models_of_both_kinds_are_served(
+    make_bundle, make_generic_bundle, start_server, tiny
 ):
-    make_bundle(version=2).joinpath("model.onnx").unlink()
+    make_generic_bundle()
+    server = start_server(*repository(make_bundle()), *SHORT)
+
+    x = np.full((2, 5), 3, np.float32)
+    request = inference_pb2.ModelInferRequest(model_name="line", raw_input_contents=[x.tobytes()])
+    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    with grpc.insecure_channel(server.address()) as channel:
+        until(lambda: health(channel) == "SERVING")
+        answer = stub(channel).ModelInfer(request)
+        assert health(channel, "line") == health(channel, "tiny") == "SERVING"
+    np.testing.assert_array_equal(
+        np.frombuffer(answer.raw_output_contents[0], "<f4"), np.full(10, 5)
+    )
+
+
+@pytest.mark.slow
+def test_server_that_is_set_up_by_its_environment_lists_what_it_refused(make_bundle, start_server):
+    (make_bundle(version=2) / "model.onnx").unlink()
     server = start_server(
         SERVE_EXPORT_REPOSITORY=str(make_bundle().parents[1]),
         SERVE_EXPORT_ADDRESS="127.0.0.1:0",
@@ -120,13 +205,246 @@ def test_refused_version_is_listed_and_does_not_stop_a_server_set_up_by_its_envi
     assert "Traceback" not in server.log.read_text()
 
 
+def test_port_that_is_in_use_is_said_to_be_so_before_anything_is_loaded(
+    make_bundle, listen, rpc, start_server
+):
+    address = listen(rpc)
+
+    server = start_server(*repository(make_bundle(name="x")), "--address", address, COLUMNS="400")
+
+    assert error(server) == (
+        f"error: cannot listen on {address}: it is in use, or not an address of this machine; "
+        "choose another with --address HOST:PORT (port 0 takes a free one)"
+    )
+    assert "version ready" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_port_of_the_metrics_that_is_in_use_is_said_to_be_so(make_bundle, start_server):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        server = start_server(
+            *repository(make_bundle()), *FREE, "--metrics-address", address, COLUMNS="400"
+        )
+
+        assert error(server) == (
+            f"error: cannot listen on {address}: Address already in use; "
+            "choose another with --metrics-address HOST:PORT (port 0 takes a free one)"
+        )
+
+
+def test_repository_that_is_absent_is_said_to_be_so(start_server, tmp_path):
+    absent = start_server("--repository", str(tmp_path / "absent"), *SHORT)
+
+    assert error(absent) == (
+        f"error: repository {tmp_path}/absent cannot be read: No such file or directory; "
+        "publish into it with: train-export run, or name another with --repository"
+    )
+
+
+@pytest.mark.slow
+def test_server_that_is_not_to_watch_its_repository_needs_something_in_it(
+    make_bundle, start_server, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    path = make_bundle()
+    (path / "model.onnx").unlink()
+    (make_bundle(version=2) / "model.onnx").unlink()
+    once = (*SHORT, "--model-control", "none", "--version-policy", "all")
+
+    empty = start_server("--repository", str(tmp_path / "empty"), *once)
+    bad = start_server(*repository(path), *once)
+
+    assert error(empty) == (
+        f"error: {tmp_path}/empty holds no bundle (NAME/VERSION/manifest.json); "
+        "publish one with: train-export run"
+    )
+    assert error(bad) == (
+        f"error: nothing in {path.parents[1]} can be served: "
+        "tiny/1/model.onnx is missing, or not a plain file; publish it again; "
+        "tiny/2/model.onnx is missing, or not a plain file; publish it again"
+    )
+
+
+@pytest.mark.slow
+def test_server_on_a_unix_socket_answers(make_bundle, start_server, infer, tiny, tmp_path):
+    server = start_server(*repository(make_bundle()), "--address", f"unix:{tmp_path}/socket")
+
+    with grpc.insecure_channel(server.address()) as channel:
+        assert version(channel, infer, tiny) == "1"
+
+
+# Models come and go
+
+
+def test_empty_repository_is_waited_on_and_served_once_a_bundle_is_renamed_into_place(
+    make_bundle, start_server, infer, tiny, tmp_path
+):
+    root = tmp_path / "models"
+    root.mkdir()
+    address = f"127.0.0.1:{free_port()}"
+    server = start_server("--repository", str(root), "--address", address)
+
+    with grpc.insecure_channel(address) as channel:
+        assert health(channel) == health(channel, "inference.GRPCInferenceService")
+        assert health(channel) == "NOT_SERVING"
+        assert stub(channel).ServerLive(inference_pb2.ServerLiveRequest()).live
+        assert not stub(channel).ServerReady(inference_pb2.ServerReadyRequest()).ready
+        until(lambda: f"nothing to serve yet; {root} is watched" in server.log.read_text())
+        publish(make_bundle, root)
+        assert server.address() == address
+        assert version(channel, infer, tiny) == "1"
+        assert health(channel) == health(channel, "tiny") == "SERVING"
+
+
+@pytest.mark.slow
+def test_new_versions_and_aliases_are_followed_and_bad_ones_refused_with_their_reason(
+    make_bundle, start_server, infer, tiny
+):
+    path = make_bundle()
+    root = path.parents[1]
+    server = start_server(*repository(path), *SHORT)
+
+    def alias(*words):
+        command = [sys.executable, "-m", "service", "alias", *words, "--repository", str(root)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with grpc.insecure_channel(server.address()) as channel:
+        publish(make_bundle, root, version=2)
+        until(lambda: version(channel, infer, tiny) == "2")
+        wrong = tiny.model(np.array([127, -127, 0.1], np.float32))
+        publish(make_bundle, root, version=3, model=wrong)
+        request = inference_pb2.RepositoryIndexRequest()
+
+        def refused():
+            index = stub(channel).RepositoryIndex(request).models
+            return [one.version for one in index if "fails its self-check" in one.reason]
+
+        assert until(refused) == ["3"]
+        assert alias("tiny", "champion", "1") == "tiny champion: version 1 (was not set)\n"
+        until(lambda: version(channel, infer, tiny) == "1")
+        assert version(channel, infer, tiny, model_version="2") == "2"
+        assert version(channel, infer, tiny, model_version="champion") == "1"
+        assert alias("tiny", "champion", "2") == "tiny champion: version 2 (was version 1)\n"
+        until(lambda: version(channel, infer, tiny) == "2")
+        assert health(channel) == "SERVING"
+
+
+@pytest.mark.slow
+def test_server_that_does_not_watch_serves_what_it_found_first(
+    make_bundle, start_server, infer, tiny
+):
+    path = make_bundle()
+    watching = start_server(*repository(path), *SHORT)
+    once = start_server(*repository(path), *SHORT, "--model-control", "none", *QUICK)
+    with (
+        grpc.insecure_channel(watching.address()) as followed,
+        grpc.insecure_channel(once.address()) as kept,
+    ):
+        publish(make_bundle, path.parents[1], version=2)
+
+        until(lambda: version(followed, infer, tiny) == "2")
+        assert version(kept, infer, tiny) == "1"
+
+
+@pytest.mark.slow
+def test_crash_of_a_candidate_harms_nobody(make_bundle, start_server, infer, tiny):
+    """A model that crashes onnxruntime: the smallest int32 by -1, while constants are folded."""
+    graph = helper.make_graph(
+        [helper.make_node("Div", ["smallest", "minus_one"], ["y"])],
+        "crashing",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [1])],
+        [
+            numpy_helper.from_array(np.array([-(2**31)], np.int32), "smallest"),
+            numpy_helper.from_array(np.array([-1], np.int32), "minus_one"),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    path = make_bundle()
+    server = start_server(*repository(path), *SHORT)
+
+    with grpc.insecure_channel(server.address()) as channel:
+        publish(make_bundle, path.parents[1], version=2, model=model)
+        until(lambda: "version refused: tiny/2" in server.log.read_text())
+        assert version(channel, infer, tiny) == "1"
+
+
+def test_explicit_control_serves_at_once_and_loads_by_order_of_an_admin(
+    make_bundle, start_server, infer, tiny
+):
+    options = (*SHORT, "--model-control", "explicit")
+    path = make_bundle()
+    server = start_server(*repository(path), *options, SERVE_EXPORT_ADMIN_TOKEN=TOKEN)
+    load = inference_pb2.RepositoryModelLoadRequest(model_name="tiny")
+    unload = inference_pb2.RepositoryModelUnloadRequest(model_name="tiny")
+    admin = (("authorization", f"Bearer {TOKEN}"),)
+
+    with grpc.insecure_channel(server.address()) as channel:
+        assert stub(channel).ServerReady(inference_pb2.ServerReadyRequest()).ready
+        with pytest.raises(grpc.RpcError) as caught:
+            version(channel, infer, tiny)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.RpcError) as caught:
+            stub(channel).RepositoryModelLoad(load)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        stub(channel).RepositoryModelLoad(load, metadata=admin)
+        assert version(channel, infer, tiny) == "1"
+        assert health(channel, "tiny") == "SERVING"
+        publish(make_bundle, path.parents[1], version=2)
+        stub(channel).RepositoryModelLoad(load, metadata=admin)
+        assert version(channel, infer, tiny) == "2"
+        stub(channel).RepositoryModelUnload(unload, metadata=admin)
+        with pytest.raises(grpc.RpcError):
+            version(channel, infer, tiny)
+        until(lambda: health(channel, "tiny") == "NOT_SERVING")
+
+
+@pytest.mark.slow
+def test_killed_server_that_is_started_again_is_ready_by_itself(
+    make_bundle, start_server, infer, tiny
+):
+    options = (*repository(make_bundle()), "--address", f"127.0.0.1:{free_port()}")
+    first = start_server(*options)
+    with grpc.insecure_channel(first.address()) as channel:
+        assert version(channel, infer, tiny) == "1"
+        first.popen.kill()
+        first.wait()
+
+        second = start_server(*options)
+
+        assert second.address() == options[-1]
+        until(lambda: health(channel) == "SERVING")
+        assert version(channel, infer, tiny) == "1"
+
+
+# The end
+
+
+@pytest.mark.slow
+def test_server_stops_when_its_standard_input_is_closed_and_not_before(make_bundle, start_server):
+    server = start_server(*repository(make_bundle()), *SHORT, "--stop-with-stdin")
+    address = server.address()
+    server.popen.stdin.write("this is not the end\n")
+    server.popen.stdin.flush()
+    with Client(address) as client:
+        assert client.models()
+
+    server.popen.stdin.close()
+
+    assert server.wait() == 0
+
+
+@pytest.mark.slow
 def test_a_stop_that_comes_while_it_loads_does_not_wait_for_the_rest(make_bundle, start_server):
     first = make_bundle()
-    for version in range(2, 200):
-        make_bundle(version=version)
-    server = start_server(*repository(first), *SHORT[2:], "--address", "127.0.0.1:0")
-    while "version ready" not in server.log.read_text():
-        assert server.popen.poll() is None
+    for number in range(2, 200):
+        make_bundle(version=number)
+    server = start_server(*repository(first), *SHORT, "--version-policy", "all")
+    until(lambda: "version ready" in server.log.read_text() or server.popen.poll() is not None)
 
     server.popen.send_signal(signal.SIGTERM)
 
@@ -134,28 +452,55 @@ def test_a_stop_that_comes_while_it_loads_does_not_wait_for_the_rest(make_bundle
     assert server.log.read_text().count("version ready") < 199
 
 
-def test_a_server_that_has_not_loaded_is_live_but_neither_healthy_nor_ready(make_bundle, listen):
-    unloaded = Repository(make_bundle().parents[1], threads=1, max_batch_rows=8)
-    address = listen(Rpc(unloaded), serving=False)
+@pytest.mark.slow
+@pytest.mark.parametrize("control", ["poll", "explicit"])
+def test_a_stop_does_not_wait_for_a_candidate_that_never_comes_to_an_end(
+    make_bundle, start_server, tiny, control, request
+):
+    path = make_bundle()
+    make_bundle(name="endless", model=endless(tiny))
+    server = start_server(
+        *repository(path), *SHORT, "--model-control", control, "--drain-s", "0.1",
+        SERVE_EXPORT_ADMIN_TOKEN=TOKEN,
+    )  # fmt: skip
+    if control == "explicit":
+        load = inference_pb2.RepositoryModelLoadRequest(model_name="endless")
+        admin = (("authorization", f"Bearer {TOKEN}"),)
+        channel = grpc.insecure_channel(server.address())
+        request.addfinalizer(channel.close)
+        call = stub(channel).RepositoryModelLoad.future(load, metadata=admin)
+        request.addfinalizer(call.cancel)
+    (trial,) = until(lambda: children(server.popen.pid))
+
+    server.popen.terminate()
+
+    assert server.wait() == 0
+    until(lambda: not Path(f"/proc/{trial}").exists())
+
+
+def test_a_server_that_has_not_loaded_is_live_but_neither_healthy_nor_ready(
+    make_bundle, open_repository, listen
+):
+    address = listen(Rpc(open_repository(make_bundle().parents[1], look=False)), ready=False)
 
     with grpc.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-
         assert health(channel) == "NOT_SERVING"
-        assert stub.ServerLive(inference_pb2.ServerLiveRequest()).live
-        assert not stub.ServerReady(inference_pb2.ServerReadyRequest()).ready
+        assert stub(channel).ServerLive(inference_pb2.ServerLiveRequest()).live
+        assert not stub(channel).ServerReady(inference_pb2.ServerReadyRequest()).ready
 
 
+@pytest.mark.slow
 def test_calls_in_flight_are_answered_when_the_server_is_stopped(
     make_bundle, start_server, infer, tiny
 ):
     rows = 100_000  # so many that the later calls wait for the only thread of the model
-    server = start_server(*repository(make_bundle()), *SHORT[:2], "--threads", "1", *BIG)
+    server = start_server(
+        *repository(make_bundle()), *FREE, "--threads", "1", "--instances", "1", *BIG
+    )
     request = infer(tiny.images(rows))
 
     with grpc.insecure_channel(server.address()) as channel:
-        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-        calls = [stub.ModelInfer.future(request, timeout=60) for _ in range(8)]
+        calls = [stub(channel).ModelInfer.future(request, timeout=60) for _ in range(8)]
         calls[0].result()
         server.popen.terminate()
         for call in calls:
@@ -164,23 +509,23 @@ def test_calls_in_flight_are_answered_when_the_server_is_stopped(
     assert server.wait() == 0
 
 
-def test_no_answered_call_is_lost_when_the_server_is_stopped_under_load(
-    make_bundle, start_server, infer, tiny
+@pytest.mark.parametrize("pre_drain_s", ["0", "0.5"])
+def test_no_accepted_call_is_lost_when_the_server_is_stopped_under_load(
+    make_bundle, start_server, infer, tiny, pre_drain_s
 ):
-    server = start_server(*repository(make_bundle()), *SHORT)
+    server = start_server(*repository(make_bundle()), *SHORT, "--pre-drain-s", pre_drain_s)
     address = server.address()
     running = threading.Barrier(5)
 
     def ask(worker):
-        """Ask until the server refuses; return the codes of what was not answered."""
+        """Ask until the server refuses; return how."""
         with grpc.insecure_channel(address) as channel:
-            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
             for number in range(100_000):
                 images = tiny.images(1 + number % 8, number)
                 try:
-                    answer = stub.ModelInfer(infer(images), timeout=30)
+                    answer = stub(channel).ModelInfer(infer(images), timeout=30)
                 except grpc.RpcError as refused:
-                    return refused.code()
+                    return refused.code(), refused.details()
                 logits = np.frombuffer(answer.raw_output_contents[1], "<f4").reshape(-1, 3)
                 np.testing.assert_array_equal(logits, tiny.logits(images))
                 if number == 50:
@@ -188,15 +533,176 @@ def test_no_answered_call_is_lost_when_the_server_is_stopped_under_load(
         return None
 
     with ThreadPoolExecutor(4) as threads:
-        codes = [threads.submit(ask, worker) for worker in range(4)]
+        refusals = [threads.submit(ask, worker) for worker in range(4)]
         running.wait(30)
         server.popen.terminate()
-        # gRPC's core cancels what arrives in the very moment of the stop.
-        assert {code.result() for code in codes} <= {
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.CANCELLED,
+        assert {refusal.result() for refusal in refusals} == {
+            (grpc.StatusCode.UNAVAILABLE, f"[request id: <id_unknown>] {DRAINING}")
         }
     assert server.wait() == 0
+
+
+def test_stop_is_shown_first_then_calls_are_answered_until_balancers_have_noticed(
+    make_bundle, start_server, infer, tiny
+):
+    server = start_server(*repository(make_bundle()), *SHORT, "--pre-drain-s", "3")
+
+    with grpc.insecure_channel(server.address()) as channel:
+        watches = [Watch(channel, service) for service in ("", "tiny")]
+        until(lambda: all(watch.seen == ["SERVING"] for watch in watches))
+        server.popen.terminate()
+        until(lambda: all(watch.seen == ["SERVING", "NOT_SERVING"] for watch in watches))
+        assert health(channel) == health(channel, "tiny") == "NOT_SERVING"
+        assert not stub(channel).ServerReady(inference_pb2.ServerReadyRequest()).ready
+        ready = stub(channel).ModelReady(inference_pb2.ModelReadyRequest(name="tiny"))
+        assert not ready.ready
+        assert version(channel, infer, tiny) == "1"  # a balancer may not have noticed yet
+        assert server.wait() == 0
+        assert all(watch.ended.wait(WAIT_S) for watch in watches)
+        assert all(watch.seen == ["SERVING", "NOT_SERVING"] for watch in watches)
+
+
+@pytest.mark.slow
+def test_watches_and_idle_streams_do_not_hold_up_the_end(make_bundle, start_server, infer, tiny):
+    server = start_server(*repository(make_bundle()), *SHORT, "--drain-s", "600")
+    open_end = threading.Event()
+
+    def requests():
+        yield infer(tiny.images(1))
+        open_end.wait(WAIT_S)
+
+    with grpc.insecure_channel(server.address()) as channel:
+        watch = Watch(channel)
+        stream = stub(channel).ModelStreamInfer(requests())
+        assert next(stream).infer_response.model_version == "1"
+        until(lambda: watch.seen)
+
+        server.popen.terminate()
+
+        assert server.wait() == 0
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        open_end.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_the_server_at_once(make_bundle, start_server, again):
+    server = start_server(*repository(make_bundle()), *SHORT, "--pre-drain-s", "3600")
+
+    with grpc.insecure_channel(server.address()) as channel:
+        server.popen.terminate()
+        until(lambda: health(channel) == "NOT_SERVING")
+        server.popen.send_signal(again)
+
+        assert server.wait() == 128 + again
+    assert "ended by a second signal; calls in flight are lost" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_drain_ends_when_its_time_is_over(make_bundle, start_server, tiny, infer):
+    """Whatever a client still sends: the server is gone in time, and cleanly."""
+    server = start_server(*repository(make_bundle()), *SHORT, "--drain-s", "0")
+
+    with grpc.insecure_channel(server.address()) as channel:
+        calls = [stub(channel).ModelInfer.future(infer(tiny.images(8))) for _ in range(500)]
+        server.popen.terminate()
+        assert server.wait() == 0
+        assert {call.code().name for call in calls} <= {"OK", "UNAVAILABLE", "CANCELLED"}
+
+
+# Operation
+
+
+def test_metrics_are_told_over_http_and_count_every_call(make_bundle, start_server, infer, tiny):
+    server = start_server(*repository(make_bundle()), *SHORT, "--metrics-address", "127.0.0.1:0")
+    with grpc.insecure_channel(server.address()) as channel:
+        for _ in range(3):
+            stub(channel).ModelInfer(infer(tiny.images(2)))
+
+    found = re.search(r"metrics on (http://127\.0\.0\.1:\d+/metrics)", server.log.read_text())
+    assert found
+    with urllib.request.urlopen(found[1], timeout=30) as answer:
+        text = answer.read().decode()
+
+    assert 'nv_inference_request_success{model="tiny",version="1"} 3.0\n' in text
+    assert 'nv_inference_count{model="tiny",version="1"} 6.0\n' in text
+    assert 'serve_export_version_ready{model="tiny",version="1"} 1.0\n' in text
+
+
+@pytest.mark.slow
+def test_access_log_has_a_line_for_every_call_and_json_an_object_for_every_line(
+    make_bundle, start_server, infer, tiny
+):
+    server = start_server(
+        *repository(make_bundle()), *SHORT, "--access-log", "--log-format", "json"
+    )
+    with grpc.insecure_channel(server.address()) as channel:
+        stub(channel).ModelInfer(infer(tiny.images(2), id="seven"))
+        with pytest.raises(grpc.RpcError):
+            stub(channel).ModelInfer(infer(tiny.images(9), id="too many\n"))
+    server.popen.terminate()
+    server.wait()
+
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    calls = [line for line in lines if line["logger"] == "service.access"]
+    assert [(call["code"], call["request_id"], call["rows"]) for call in calls] == [
+        ("OK", "seven", 2),
+        ("INVALID_ARGUMENT", "too many\\n", 0),
+    ]
+    assert calls[0]["method"] == "/inference.GRPCInferenceService/ModelInfer"
+    assert (calls[0]["model"], calls[0]["version"]) == ("tiny", "1")
+    assert calls[0]["seconds"] > 0
+    assert calls[0]["peer"].startswith("ipv4:127.0.0.1:")
+    events = {line["message"].partition(":")[0] for line in lines if line not in calls}
+    assert {"version ready", "stopped"} <= events
+
+
+@pytest.mark.slow
+def test_without_an_access_log_calls_are_not_logged(make_bundle, start_server, infer, tiny):
+    server = start_server(*repository(make_bundle()), *SHORT)
+    with grpc.insecure_channel(server.address()) as channel:
+        assert version(channel, infer, tiny, id="seven") == "1"
+    server.popen.terminate()
+    server.wait()
+
+    assert "seven" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_collector_of_traces_that_does_not_answer_does_no_harm(
+    make_bundle, start_server, infer, tiny
+):
+    server = start_server(
+        *repository(make_bundle()), *SHORT, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1"
+    )
+    with grpc.insecure_channel(server.address()) as channel:
+        for _ in range(20):
+            assert version(channel, infer, tiny) == "1"
+
+    server.popen.terminate()
+
+    assert server.wait() == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_tokens_come_from_the_environment_and_stand_in_no_log(
+    make_bundle, start_server, infer, tiny
+):
+    server = start_server(
+        *repository(make_bundle()), *SHORT, "--access-log", SERVE_EXPORT_TOKEN=TOKEN
+    )
+    with grpc.insecure_channel(server.address()) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            version(channel, infer, tiny)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        bearer = (("authorization", f"Bearer {TOKEN}"),)
+        stub(channel).ModelInfer(infer(tiny.images(1)), metadata=bearer)
+    server.popen.terminate()
+    assert server.wait() == 0
+    assert TOKEN not in server.log.read_text()
 
 
 IMPORTS = """
@@ -225,6 +731,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 
+@pytest.mark.slow
 def test_process_that_has_served_a_request_never_saw_training_software(make_bundle):
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS, make_bundle().parents[1]],
@@ -238,17 +745,33 @@ def test_process_that_has_served_a_request_never_saw_training_software(make_bund
     assert {"onnxruntime", "grpc", "service"} <= loaded
     assert not loaded & {
         *("tensorflow", "keras", "tf2onnx", "onnx", "prefect", "ai_edge_litert", "pipeline"),
+        "opentelemetry",  # nobody asked for it
     }
 
 
+@pytest.mark.slow
 def test_more_calls_at_once_than_grpcs_core_would_hold_are_all_answered(
     make_bundle, start_server, infer, tiny
 ):
-    server = start_server(*repository(make_bundle()), *SHORT)
+    server = start_server(*repository(make_bundle()), *SHORT, "--max-queue-rows", "100000")
     request = infer(tiny.images(8))
 
     with grpc.insecure_channel(server.address()) as channel:
-        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-        calls = [stub.ModelInfer.future(request) for _ in range(6_000)]
+        calls = [stub(channel).ModelInfer.future(request) for _ in range(6_000)]
 
         assert {call.code().name for call in calls} == {"OK"}
+
+
+@pytest.mark.slow
+def test_server_leaves_no_file_and_no_process_behind(make_bundle, start_server, tmp_path):
+    root = make_bundle().parents[1]
+    (tmp_path / "temporary").mkdir()
+    before = sorted(root.rglob("*"))
+    server = start_server(*repository(root / "tiny/1"), *SHORT, TMPDIR=str(tmp_path / "temporary"))
+    server.address()
+    assert children(server.popen.pid) == []  # the trial has ended
+    server.popen.terminate()
+
+    assert server.wait() == 0
+    assert sorted(root.rglob("*")) == before
+    assert list((tmp_path / "temporary").iterdir()) == []

@@ -1,5 +1,7 @@
 import os
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +13,7 @@ from protos import bundle_pb2
 from service import session
 from service.errors import ModelError
 from service.session import Session
+from service.tensors import DTYPE
 
 ALL = bundle_pb2.SessionOptions(graph_optimization="all")
 
@@ -57,11 +60,37 @@ def test_metadata_of_the_model_is_kept(tiny):
 def test_session_config_reaches_onnxruntime(tiny):
     options = bundle_pb2.SessionOptions(graph_optimization="all")
     options.config["session.x64quantprecision"] = "1"
-    Session(tiny.model(), options, threads=1)
 
-    options.config["x" * 1025] = "a key that is too long"
-    with pytest.raises(ModelError, match="cannot load the model: Config key is empty or longer"):
+    runtime = Session(tiny.model(), options, threads=1)._session.get_session_options()
+
+    assert runtime.get_session_config_entry("session.x64quantprecision") == "1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("session.node_partition_config_file", "1"),  # onnxruntime would read it
+        ("session.moe_expert_counter_state_file", "1"),  # and write this
+        ("session.x64quantprecision", "/etc/hostname"),
+        ("x" * 1025, "1"),
+    ],
+)
+def test_a_manifest_that_sets_more_than_switches_of_the_arithmetic_is_refused(tiny, key, value):
+    options = bundle_pb2.SessionOptions(graph_optimization="all", config={key: value})
+
+    with pytest.raises(ModelError, match=r"expected numbers for session\.disable_quant_qdq, "):
         Session(tiny.model(), options, threads=1)
+
+
+def test_what_onnxruntime_says_of_its_own_sources_is_not_repeated(tiny):
+    model = onnx.load_model_from_string(tiny.model())
+    del model.opset_import[:]
+
+    with pytest.raises(ModelError) as caught:
+        Session(model.SerializeToString(), ALL, threads=1)
+
+    assert "/" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_optimization_is_refused(tiny):
@@ -80,10 +109,22 @@ def test_bytes_that_are_not_a_model_are_refused(model):
 
 
 def test_model_of_a_datatype_that_is_not_served_is_refused():
-    model = one_node("Identity", datatype=TensorProto.FLOAT16)
+    model = one_node("Identity", datatype=TensorProto.STRING)
 
-    with pytest.raises(ModelError, match=r"^x is tensor\(float16\), expected one of"):
+    with pytest.raises(ModelError, match=r"^x is tensor\(string\), expected one of"):
         Session(model, ALL, threads=1)
+
+
+@pytest.mark.parametrize("name", session.WIRE.values())
+def test_model_of_every_datatype_on_the_wire_answers_in_it(name):
+    dtype = np.dtype(DTYPE[name])
+    model = one_node("Identity", datatype=helper.np_dtype_to_tensor_dtype(dtype))
+    loaded = Session(model, ALL, threads=1)
+
+    answer = loaded.run(np.ones((2, 2), dtype))["y"]
+
+    assert loaded.inputs == (session.Tensor("x", name, (-1, 2)),)
+    assert (answer.dtype, answer.tolist()) == (dtype, [[1, 1], [1, 1]])
 
 
 def test_model_of_flipped_bytes_is_loaded_or_refused_and_prints_nothing(tiny, capsys):
@@ -136,34 +177,51 @@ def test_rungs_are_the_largest_batch_and_the_powers_of_two_below_it(max_rows, ru
     assert session.rungs(max_rows) == rungs
 
 
-def test_warm_up_runs_every_rung_and_reports_one_that_fails(tiny):
-    Session(tiny.model(), ALL, threads=1).warm_up(9)
+def test_warm_up_runs_every_rung_and_says_what_each_took(tiny):
+    seconds = Session(tiny.model(), ALL, threads=1).warm_up(9, tiny.images(1)[0])
 
+    assert list(seconds) == [9, 8, 4, 2, 1]
+    assert all(took > 0 for took in seconds.values())
+
+
+def test_warm_up_reports_a_rung_that_fails():
     fixed = Session(one_node("Relu", shape=(4, 2)), ALL, threads=1)
+
     with pytest.raises(ModelError, match="cannot run the model"):
-        fixed.warm_up(4)
+        fixed.warm_up(4, np.zeros(2, np.float32))
 
 
-def test_process_has_at_least_one_core_and_no_more_than_the_machine():
-    assert 1 <= session.cores() <= (os.cpu_count() or 1)
+def test_model_runs_on_the_providers_it_was_given_and_on_no_other(tiny):
+    assert Session(tiny.model(), ALL, threads=1).providers == ("CPUExecutionProvider",)
+    assert "CPUExecutionProvider" in session.available_providers()
 
 
-@pytest.mark.parametrize(
-    ("text", "cores"),
-    [
-        ("max 100000\n", 1 << 16),
-        ("200000 100000\n", 2),
-        ("150000 100000\n", 2),
-        ("50000 100000\n", 1),
-        ("nonsense\n", 1 << 16),
-        ("1 0.5\n", 1 << 16),
-    ],
-)
-def test_quota_of_a_cgroup_is_rounded_up_to_whole_cores(tmp_path, text, cores):
-    (tmp_path / "cpu.max").write_text(text)
+def test_provider_that_is_not_there_is_refused_rather_than_replaced(tiny):
+    providers = ("ImaginaryExecutionProvider", "CPUExecutionProvider")
 
-    assert session._quota(tmp_path / "cpu.max") == cores
+    with pytest.raises(ModelError) as caught:
+        Session(tiny.model(), ALL, threads=1, providers=providers)
+
+    assert str(caught.value) == (
+        f"{session.RUNTIME} has no ImaginaryExecutionProvider, "
+        f"only {', '.join(session.available_providers())}; "
+        "install the extra gpu instead of service, or choose others with --providers"
+    )
 
 
-def test_absent_quota_is_no_limit(tmp_path):
-    assert session._quota(tmp_path / "cpu.max") == 1 << 16
+def test_onnxruntime_reports_to_nobody(tmp_path):
+    """It leaves a file of its own in the temporary folder if it does."""
+    kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    script = "import os, service.session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, "TMPDIR": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == "1\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,107 @@
+"""What this host gives to the process: cores, memory, and what its processor can do.
+
+Read from Linux' own files; what follows from it is decided elsewhere. Limits are those of cgroups
+v2 and v1, of the process's own group and of every one above it.
+"""
+
+import math
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+ROOT = Path("/")
+NO_LIMIT_BYTES = 1 << 60  # v1 writes a number near 2^63 where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """Its name as the kernel gives it, and its features by the kernel's names."""
+
+    name: str
+    flags: frozenset[str]
+
+
+def cores(root: Path = ROOT) -> int:
+    """Return how many cores are worth using: the affinity, cut to the quota rounded up."""
+    limit = quota(root)
+    return affinity() if limit is None else max(1, min(affinity(), math.ceil(limit)))
+
+
+def affinity() -> int:
+    """Return on how many cores this process may be put."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def quota(root: Path = ROOT) -> float | None:
+    """Return how many cores' time the cgroups allow, None if they set no limit."""
+    found = []
+    for group in _groups("cpu", root):
+        limit, period = _numbers(group / "cpu.max", 2)
+        if limit is None:
+            limit, period = (
+                _numbers(group / f"cpu.cfs_{one}_us", 1)[0] for one in ("quota", "period")
+            )
+        if limit is not None and period and limit > 0:  # v1 writes -1 for none
+            found.append(limit / period)
+    return min(found, default=None)
+
+
+def memory_limit_bytes(root: Path = ROOT) -> int | None:
+    """Return how much memory the cgroups allow, None if they set no limit."""
+    found = [
+        limit
+        for group in _groups("memory", root)
+        for name in ("memory.max", "memory.limit_in_bytes")
+        for limit in _numbers(group / name, 1)
+        if limit is not None and limit < NO_LIMIT_BYTES
+    ]
+    return min(found, default=None)
+
+
+def memory_bytes(root: Path = ROOT) -> int | None:
+    """Return how much memory the machine has, None if it does not tell."""
+    for line in _lines(root / "proc" / "meminfo"):
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def processor(root: Path = ROOT) -> Processor:
+    """Return the first processor's name and features; all are alike on the hosts we know."""
+    about: dict[str, str] = {}
+    for line in _lines(root / "proc" / "cpuinfo"):
+        key, _, value = line.partition(":")
+        about.setdefault(key.strip(), value.strip())
+    flags = about.get("flags") or about.get("Features", "")  # x86, or ARM
+    return Processor(about.get("model name") or platform.machine(), frozenset(flags.split()))
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's cgroups, and of those above them, that may set limits."""
+    mount = root / "sys" / "fs" / "cgroup"
+    for line in _lines(root / "proc" / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = mount / controller if controllers else mount
+        inside = PurePosixPath(path.lstrip("/"))
+        if ".." not in inside.parts:  # a group outside of what this container sees
+            yield from (top / group for group in (inside, *inside.parents) if group.parts)
+        yield top
+
+
+def _numbers(path: Path, count: int) -> list[int | None]:
+    """Return a file's numbers, each None where it has none, or says `max`."""
+    words = [*" ".join(_lines(path)).split(), *[""] * count][:count]
+    return [int(word) if word.lstrip("-").isdecimal() else None for word in words]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,30 @@
+"""What no refusal may tell: where things are on the host, and what they are called inside."""
+
+import re
+import sys
+from pathlib import Path
+
+INSIDE = re.compile(
+    r"Traceback|\.py\b|\.cc?\b| at 0x|\b(?:service|google|numpy|PIL)\.\w|\w+Error\b"
+    r"|(?<![\w.-])/\w+/\w+"
+)
+LONGEST = 2000  # characters
+
+
+def check_told(message: str, content: bytes, host: Path) -> None:
+    """Hold a message against the rule; what the input said itself may be repeated.
+
+    Args:
+        message: as a client would see it.
+        content: the input that was refused.
+        host: a folder that is on this host only.
+    """
+    told = [found for found in INSIDE.findall(message) if found.encode() not in content]
+    if told or str(host) in message or sys.prefix in message:
+        raise AssertionError(f"a refusal tells {told}: {message}")
+
+
+def check_line(message: str) -> None:
+    """Hold a reason that is logged and listed against the rule: one line, and not endless."""
+    if not message.isprintable() or len(message) > LONGEST:
+        raise AssertionError(f"a refusal is not one line of text: {message!r:.2000}")

@@ -1,0 +1,143 @@
+import math
+import os
+import platform
+
+import pytest
+
+from service import host
+from service.host import Processor
+
+V1 = "4:memory:/box\n3:cpu,cpuacct:/box\n1:name=systemd:/box\n"
+CGROUP = "sys/fs/cgroup"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return a function that makes a host's root of files, by their paths."""
+
+    def make(files):
+        for name, content in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", None), ("150000 100000", 1.5), ("50000 100000", 0.5), ("", None), ("x", None)],
+)
+def test_quota_of_v2_is_its_share_of_the_period(make, content, cores):
+    root = make({"proc/self/cgroup": "0::/\n", f"{CGROUP}/cpu.max": f"{content}\n"})
+
+    assert host.quota(root) == cores
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("-1", None), ("250000", 2.5), ("0", None), ("", None)]
+)
+def test_quota_of_v1_is_its_share_of_the_period(make, quota, cores):
+    folder = f"{CGROUP}/cpu/box"
+    root = make(
+        {
+            "proc/self/cgroup": V1,
+            f"{folder}/cpu.cfs_quota_us": quota,
+            f"{folder}/cpu.cfs_period_us": "100000\n",
+        }
+    )
+
+    assert host.quota(root) == cores
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"), [("max", None), ("1073741824", 1 << 30), ("9223372036854771712", None)]
+)
+def test_limit_of_memory_is_that_of_either_version(make, content, limit):
+    v2 = make({"proc/self/cgroup": "0::/\n", f"{CGROUP}/memory.max": content})
+    assert host.memory_limit_bytes(v2) == limit
+
+    v1 = make(
+        {"proc/self/cgroup": V1, f"{CGROUP}/memory/box/memory.limit_in_bytes": f"{content}\n"}
+    )
+    assert host.memory_limit_bytes(v1 / ".") == limit
+
+
+def test_smallest_limit_of_a_group_and_of_those_above_it_holds(make):
+    files = {"proc/self/cgroup": "0::/a/b\n"}
+    for folder, quota in ((".", "400000"), ("a", "200000"), ("a/b", "300000"), ("c", "100000")):
+        files[f"{CGROUP}/{folder}/cpu.max"] = f"{quota} 100000"
+
+    assert host.quota(make(files)) == 2
+
+
+@pytest.mark.parametrize("path", ["/docker/0123", "/../../other"])
+def test_group_that_a_container_does_not_see_is_looked_for_at_the_top(make, path):
+    root = make(
+        {"proc/self/cgroup": f"0::{path}\n", f"{CGROUP}/cpu.max": "100000 100000"},
+    )
+
+    assert host.quota(root) == 1
+
+
+def test_group_outside_of_what_a_container_sees_is_not_read(make):
+    root = make({"proc/self/cgroup": "0::/../x\n", "sys/fs/x/cpu.max": "100000 100000"})
+
+    assert host.quota(root) is None
+
+
+@pytest.mark.parametrize("quota", [0.2, 1.0, 1.2])
+def test_cores_are_the_quota_rounded_up_and_at_most_the_affinity(make, quota):
+    text = f"{round(quota * 100_000)} 100000"
+    root = make({"proc/self/cgroup": "0::/\n", f"{CGROUP}/cpu.max": text})
+
+    assert host.cores(root) == min(host.affinity(), math.ceil(quota))
+
+
+def test_affinity_is_what_the_kernel_lets_this_process_run_on():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert host.affinity() == host.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert host.affinity() == len(allowed)
+
+
+def test_host_that_tells_nothing_has_no_limits(tmp_path):
+    assert host.quota(tmp_path) is None
+    assert host.memory_limit_bytes(tmp_path) is None
+    assert host.memory_bytes(tmp_path) is None
+    assert host.cores(tmp_path) == host.affinity()
+    assert host.processor(tmp_path) == Processor(platform.machine(), frozenset())
+
+
+def test_memory_of_the_machine_is_in_bytes(make):
+    root = make({"proc/meminfo": "MemTotal:       2048 kB\nMemFree:        1 kB\n"})
+
+    assert host.memory_bytes(root) == 2 << 20
+
+
+def test_processor_is_the_first_one_with_its_flags(make):
+    root = make(
+        {
+            "proc/cpuinfo": "processor\t: 0\nmodel name\t: Fast: 2.5\nflags\t\t: avx2 avx_vnni\n\n"
+            "processor\t: 1\nmodel name\t: Slow\nflags\t\t: none\n"
+        }
+    )
+
+    assert host.processor(root) == Processor("Fast: 2.5", frozenset({"avx2", "avx_vnni"}))
+
+
+def test_processor_of_another_kind_has_its_features(make):
+    root = make({"proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimddp i8mm\n"})
+
+    assert host.processor(root).flags == {"fp", "asimddp", "i8mm"}
+    assert host.processor(root).name == platform.machine()
+
+
+def test_this_host_is_read_without_an_error():
+    assert host.cores() >= 1
+    assert host.memory_bytes()
+    assert host.processor().flags

@@ -1,0 +1,253 @@
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from service import trial, version
+from service.errors import BundleError
+
+CPU = ["CPUExecutionProvider"]
+WAIT_S = 60  # for what happens within seconds
+
+
+def attempt(path, *, timeout_s=WAIT_S, providers=CPU):
+    trial.run(path, threads=1, max_batch_rows=8, providers=providers, timeout_s=timeout_s)
+
+
+def refusal(path, **options):
+    with pytest.raises(BundleError) as caught:
+        attempt(path, **options)
+    assert str(path.parents[1]) not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def crashing():
+    """Divide the smallest int32 by -1: the processor traps when onnxruntime folds constants."""
+    graph = helper.make_graph(
+        [helper.make_node("Div", ["smallest", "minus_one"], ["y"])],
+        "crashing",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [1])],
+        [
+            numpy_helper.from_array(np.array([-(2**31)], np.int32), "smallest"),
+            numpy_helper.from_array(np.array([-1], np.int32), "minus_one"),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+
+
+def endless(tiny):
+    """Let the tiny model's logits go round a loop that takes centuries."""
+    model = onnx.load_from_string(tiny.model())
+    row: list[str | int | None] = ["batch", len(tiny.labels)]
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Identity", ["value"], ["same"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("value", TensorProto.FLOAT, row),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("same", TensorProto.FLOAT, row),
+        ],
+    )
+    model.graph.node[2].output[0] = "before"
+    loop = helper.make_node("Loop", ["rounds", "yes", "before"], ["logits"], body=body)
+    model.graph.node.insert(3, loop)
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array(2**62), "rounds"),
+            numpy_helper.from_array(np.array(True), "yes"),
+        ]
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+def children(pid):
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, file.read_text().split())
+    return found
+
+
+def wait_for(condition):
+    end_s = time.monotonic() + WAIT_S
+    while not (value := condition()):
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+    return value
+
+
+@pytest.fixture
+def hanging(make_bundle, tiny):
+    """Return the child's number and a function that waits for the trial's refusal."""
+    path = make_bundle(model=endless(tiny))
+    refusals = []
+    before = set(children(os.getpid()))
+    thread = threading.Thread(target=lambda: refusals.append(refusal(path)))
+    thread.start()
+    child = wait_for(lambda: set(children(os.getpid())) - before).pop()
+    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, child) == trial.NICENESS)
+
+    def ended():
+        thread.join(WAIT_S)
+        return refusals[0]
+
+    yield child, ended
+    if thread.is_alive():
+        os.kill(child, signal.SIGKILL)
+        thread.join(WAIT_S)
+
+
+def test_good_bundle_passes(make_bundle, capfd):
+    path = make_bundle()
+
+    attempt(path)
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_reason_is_the_one_that_the_server_itself_would_find(make_bundle, tiny):
+    path = make_bundle(model=tiny.model(bias=np.array([127, -127, 1], np.float32)))
+
+    reason = refusal(path)
+
+    assert reason.startswith("tiny/1 fails its self-check on this host: ")
+    with pytest.raises(BundleError) as caught:
+        version.load(path, trial.options(threads=1, max_batch_rows=8, providers=CPU))
+    assert reason == str(caught.value)
+
+
+def test_bundle_that_is_not_one_is_refused(make_bundle):
+    path = make_bundle()
+    (path / "golden.npz").unlink()
+
+    assert refusal(path) == "tiny/1/golden.npz is missing, or not a plain file; publish it again"
+
+
+def test_refusal_of_onnxruntime_arrives_whole_and_in_one_line(make_bundle):
+    graph = helper.make_graph([helper.make_node("Nothing", [], ["y"])], "g", [], [])
+    graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, [1]))
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+    assert "cannot load the model" in refusal(make_bundle(model=model.SerializeToString()))
+
+
+def test_options_reach_the_check(make_bundle):
+    assert "NoSuchProvider" in refusal(make_bundle(), providers=["NoSuchProvider", *CPU])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors do not trap")
+def test_model_that_crashes_onnxruntime_is_refused_and_this_process_lives(make_bundle):
+    assert refusal(make_bundle(model=crashing())) == (
+        "tiny/1 crashed onnxruntime while it was loaded and checked (SIGFPE); "
+        "publish a model that does not"
+    )
+
+
+def test_process_that_is_killed_is_a_refusal(hanging):
+    child, ended = hanging
+
+    os.kill(child, signal.SIGKILL)
+
+    assert "crashed onnxruntime while it was loaded and checked (SIGKILL)" in ended()
+
+
+def test_model_that_does_not_end_is_refused_in_time_and_its_process_is_gone(make_bundle, tiny):
+    path = make_bundle(model=endless(tiny))
+    before = set(children(os.getpid()))
+
+    assert refusal(path, timeout_s=0.5) == (
+        "tiny/1 was not loaded and checked within 0.5 s; "
+        "its model does not come to an end, or this host is too busy"
+    )
+    assert set(children(os.getpid())) == before
+
+
+def test_process_gives_way_and_sees_no_secrets(monkeypatch, request):
+    monkeypatch.setenv("SERVE_EXPORT_TOKEN", "secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    child, _ = request.getfixturevalue("hanging")
+
+    environment = Path(f"/proc/{child}/environ").read_bytes()
+    assert b"secret" not in environment
+    assert b"CUDA_VISIBLE_DEVICES" in environment
+    assert os.getpriority(os.PRIO_PROCESS, child) > os.getpriority(os.PRIO_PROCESS, 0)
+    wait_for(lambda: Path(f"/proc/{child}/oom_score_adj").read_text().strip() == "1000")
+    assert Path(f"/proc/{child}/fd/0").readlink() == Path(os.devnull)
+    assert os.getsid(child) == child
+
+
+def test_process_ends_with_the_one_that_asked(make_bundle, tiny):
+    path = make_bundle(model=endless(tiny))
+    script = (
+        "import sys; from pathlib import Path; from service import trial\n"
+        "trial.run(Path(sys.argv[1]), threads=1, max_batch_rows=8,"
+        " providers=['CPUExecutionProvider'], timeout_s=600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(path)]) as parent:
+        child = wait_for(lambda: children(parent.pid)).pop()
+        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, child) == trial.NICENESS)
+        parent.kill()
+
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+
+def test_process_that_was_asked_for_by_nobody_ends_at_once(make_bundle):
+    path = make_bundle()
+    command = [sys.executable, "-m", "service.trial", "1", str(path), "1", "8", CPU[0]]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "the process that asked for a trial has ended\n"
+
+
+def test_what_native_code_prints_goes_nowhere(make_bundle, tiny, capfd):
+    """onnxruntime writes an error to standard error itself when a node fails."""
+    model = onnx.load_from_string(tiny.model())
+    model.graph.node[2].output[0] = "before"
+    nodes = [
+        helper.make_node("ArgMax", ["before"], ["place"], axis=1, keepdims=0),
+        helper.make_node("Add", ["place", "far"], ["outside"]),
+        helper.make_node("Gather", ["table", "outside"], ["logits"]),
+    ]
+    for node in reversed(nodes):
+        model.graph.node.insert(3, node)
+    table = np.zeros((2, len(tiny.labels)), np.float32)
+    for name, value in (("far", np.array(1000)), ("table", table)):
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+
+    assert "cannot run the model" in refusal(make_bundle(model=model.SerializeToString()))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_process_that_fails_by_itself_leaves_its_last_words_in_the_log(make_bundle, capfd):
+    rows: Any = "many"
+
+    with pytest.raises(BundleError) as caught:
+        trial.run(make_bundle(), threads=1, max_batch_rows=rows, providers=CPU, timeout_s=WAIT_S)
+
+    assert str(caught.value) == (
+        "tiny/1 could not be loaded and checked: the process for it ended with status 1; "
+        "the server's log has its last words"
+    )
+    assert "ValueError" in capfd.readouterr().err
