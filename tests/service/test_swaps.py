@@ -34,6 +34,13 @@ class Hammer:
     failures: list[str] = field(default_factory=list)
     longest_pause_s: float = 0.0  # of the clients' event loop, where it is the server's as well
     over: bool = False
+    asking: Future[None] | None = None  # what runs the clients
+
+    def end(self) -> None:
+        """Ask no more, and wait until what was asked is answered."""
+        self.over = True
+        assert self.asking is not None
+        self.asking.result(WAIT_S)
 
     async def run(self) -> None:
         async with grpc.aio.insecure_channel(self.address) as channel:
@@ -96,17 +103,17 @@ class Hammer:
 @pytest.fixture
 def hammer(loop, infer, tiny) -> Iterator[Callable[[str], Hammer]]:
     """Return a function that lets clients ask at an address; at the end none may have failed."""
-    running: list[tuple[Hammer, Future[None]]] = []
+    running: list[Hammer] = []
 
     def hammer(address: str) -> Hammer:
         one = Hammer(address, tiny, infer)
-        running.append((one, asyncio.run_coroutine_threadsafe(one.run(), loop)))
+        one.asking = asyncio.run_coroutine_threadsafe(one.run(), loop)
+        running.append(one)
         return one
 
     yield hammer
-    for one, asking in running:
-        one.over = True
-        asking.result(WAIT_S)
+    for one in running:
+        one.end()
         assert one.failures == []
 
 
@@ -140,7 +147,7 @@ def test_no_request_fails_and_every_answer_is_right_while_versions_are_swapped(
         repository.reconcile()
         asking.answers(version)
 
-    asking.over = True
+    asking.end()
     asking.show(f"{SWAPS} swaps in this process")
     assert asking.versions == set(range(1, SWAPS + 2))
     rpc.close()
@@ -234,7 +241,7 @@ def test_server_process_loses_no_request_while_it_checks_and_swaps_versions(
         publish(root, version)
         asking.answers(version)
 
-    asking.over = True
+    asking.end()
     asking.show(f"{CHECKED_SWAPS} swaps in a process of its own, each checked in another")
     assert asking.versions == set(range(1, CHECKED_SWAPS + 2))
     server.popen.terminate()
