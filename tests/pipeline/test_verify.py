@@ -84,7 +84,9 @@ def test_a_bundle_that_the_server_refuses_is_refused_with_the_servers_reason(
 ):
     rewrite(staged, "model.onnx", (staged.path / "model.onnx").read_bytes()[:1_000])
 
-    with pytest.raises(PublishError, match=r"the server did not start: .*model.onnx is not an ONNX model"):
+    with pytest.raises(
+        PublishError, match=r"the server did not start: .*model.onnx is not an ONNX model"
+    ):
         verify.ask(staged, checked, data, tmp_path)
 
 
