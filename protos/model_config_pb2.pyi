@@ -270,7 +270,7 @@ class ModelQueuePolicy(_message.Message):
     ALLOW_TIMEOUT_OVERRIDE_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_SIZE_FIELD_NUMBER: _builtins.int
     timeout_action: Global___ModelQueuePolicy.TimeoutAction.ValueType
-    """Only REJECT is done here."""
+    """DELAY: nothing is refused for its wait."""
     default_timeout_microseconds: _builtins.int
     """Longest wait in the queue, in microseconds; 0: no limit."""
     allow_timeout_override: _builtins.bool

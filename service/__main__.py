@@ -43,6 +43,18 @@ Address = Annotated[
 ]
 TOKEN = f"{ENVIRONMENT_PREFIX}TOKEN"
 ADMIN_TOKEN = f"{ENVIRONMENT_PREFIX}ADMIN_TOKEN"
+UseTls = Annotated[bool, typer.Option("--tls", help="The server speaks TLS.")]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(help="Who signed its certificate, PEM; by default who the system trusts."),
+]
+TlsCert = Annotated[
+    Path | None, typer.Option(help="Our own certificate, PEM, for a server that asks for one.")
+]
+TlsKey = Annotated[Path | None, typer.Option(help="The key of that certificate, PEM.")]
+TokenFile = Annotated[
+    Path | None, typer.Option(help=f"File with our token; or the variable {TOKEN}.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -236,7 +248,14 @@ def predict(  # noqa: PLR0913  one parameter an option
     model: Annotated[
         str, typer.Option(help="Name of the model; unneeded while the server has one.")
     ] = "",
-    version: Annotated[str, typer.Option(help="Its version; by default the highest.")] = "",
+    version: Annotated[
+        str, typer.Option(help="Its version; by default the champion, else the highest.")
+    ] = "",
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
     invert: Annotated[
         bool, typer.Option("--invert", help="Swap light and dark, for pictures on white.")
     ] = False,
@@ -253,10 +272,9 @@ def predict(  # noqa: PLR0913  one parameter an option
     import numpy as np  # noqa: PLC0415  none of these to print the help
 
     from service import pictures  # noqa: PLC0415
-    from service.client import Client  # noqa: PLC0415
 
     try:
-        with Client(address) as client:
+        with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
             model = model or _only_model(client)
             shape = tuple(client.metadata(model, version).inputs[0].shape[1:])
             if len(shape) != 3:  # noqa: PLR2004  height, width, channels
@@ -299,10 +317,15 @@ def predict(  # noqa: PLR0913  one parameter an option
 
 
 @app.command()
-def parity(
+def parity(  # noqa: PLR0913  one parameter an option
     address: Address = ADDRESS,
     model: Annotated[str, typer.Option(help="Name of the model; by default all.")] = "",
     version: Annotated[str, typer.Option(help="Its version; needs --model.")] = "",
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a server says about its own parity with the original TensorFlow model.
@@ -312,10 +335,8 @@ def parity(
 
     Example: serve-export parity --address 127.0.0.1:8001
     """
-    from service.client import Client  # noqa: PLC0415
-
     try:
-        with Client(address) as client:
+        with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
             answer = client.parity(model, version)
     except ServiceError as error:
         fail(error)
@@ -358,6 +379,26 @@ def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
         str(report.flips_explained + report.flips_unexplained),
         "[green]passed[/]" if report.passed else f"[red]failed[/]: {_escaped(report.failure)}",
     ]
+
+
+def _client(
+    address: str,
+    tls: bool,
+    ca: Path | None,
+    pair: tuple[Path | None, Path | None],
+    token_file: Path | None,
+) -> "Client":
+    """Return a client that shows what a secured server asks for."""
+    from service import access  # noqa: PLC0415  gRPC: only for who asks
+    from service.client import Client  # noqa: PLC0415
+    from service.connection import Tls  # noqa: PLC0415
+
+    try:
+        tokens = access.read_tokens(token_file, "" if token_file else os.environ.get(TOKEN, ""))
+        secured = Tls(ca=ca, certificate=pair[0], key=pair[1]) if tls or ca or any(pair) else None
+        return Client(address, tls=secured, token=tokens[0] if tokens else None)
+    except (ServiceError, ValueError) as error:
+        fail(error)
 
 
 def _only_model(client: "Client") -> str:

@@ -35,7 +35,9 @@ def read(model: Path) -> dict[str, int]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{source} is not JSON: {error}") from error
+        known = isinstance(error, json.JSONDecodeError)
+        why = str(error) if known else "not UTF-8, nested too deeply, or with too long a number"
+        raise BundleError(f"{source} is not JSON: {why}") from error
     if not isinstance(found, dict) or not all(
         ALIAS.fullmatch(alias) and type(number) is int and VERSION.fullmatch(str(number))
         for alias, number in found.items()

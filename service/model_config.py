@@ -112,6 +112,11 @@ def read(folder: Path, defaults: ModelOptions) -> ModelOptions:
     except (text_format.ParseError, ValueError, RecursionError) as error:
         said = str(error)[:MAX_SAID_CHARACTERS]  # it repeats a whole line
         raise BundleError(f"{source} is not a ModelConfig: {said}") from error
+    if config.name not in {"", folder.name}:
+        raise BundleError(f"{source} is of the model {config.name[:64]!r}; give it its own name")
+    trouble = _trouble(config)
+    if trouble:
+        raise BundleError(f"{source}: {trouble}")
     return _applied(config, defaults)
 
 
@@ -130,6 +135,9 @@ def parse_json(text: str, defaults: ModelOptions) -> ModelOptions:
         )
     except (json_format.ParseError, ValueError, RecursionError) as error:
         raise InvalidRequestError(unusable) from error
+    trouble = _trouble(config)
+    if trouble:
+        raise InvalidRequestError(f"the parameter 'config': {trouble}")
     return _applied(config, defaults)
 
 
@@ -182,6 +190,19 @@ def _with_colons(text: str) -> str:
     return LIST.sub(lambda found: found[0] if found[1] else f"{found[0]}:", text)
 
 
+def _trouble(config: model_config_pb2.ModelConfig) -> str:
+    """Return what a configuration asks for that cannot be; empty: nothing."""
+    if config.max_batch_size < 0:
+        return f"max_batch_size is {config.max_batch_size}, expected 0 or more"
+    if any(group.count < 0 for group in config.instance_group):
+        return "an instance_group has a count below 0"
+    if config.model_transaction_policy.decoupled:
+        return "decoupled models are not done here: one request has one answer"
+    if config.version_policy.HasField("specific") and not config.version_policy.specific.versions:
+        return "version_policy is specific and names no version"
+    return ""
+
+
 def _applied(config: model_config_pb2.ModelConfig, defaults: ModelOptions) -> ModelOptions:
     """Lay a model's own configuration over the server's."""
     options = _with_limits(config, defaults)
@@ -216,9 +237,11 @@ def _with_batching(
     if not batching.HasField("default_queue_policy"):
         return options
     policy = batching.default_queue_policy
+    options = replace(options, max_queue_requests=policy.max_queue_size)
+    if policy.timeout_action == policy.DELAY:  # whoever waits too long is still answered
+        return replace(options, queue_timeout_s=0.0, allow_timeout_override=False)
     return replace(
         options,
-        max_queue_requests=policy.max_queue_size,
         queue_timeout_s=policy.default_timeout_microseconds / 1e6 or options.queue_timeout_s,
         allow_timeout_override=policy.allow_timeout_override,
     )

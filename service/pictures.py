@@ -133,7 +133,8 @@ def _refusing(name: str) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise PictureError(f"{name} is not a {' or '.join(FORMATS)} picture") from error
     except NOT_A_PICTURE as error:
-        raise PictureError(f"{name} cannot be read as a picture: {error}") from error
+        why = "it is cut off" if "truncated" in str(error).lower() else "it is damaged"
+        raise PictureError(f"{name} cannot be read as a picture: {why}") from error
     except (PictureError, MemoryError):
         raise
     except Exception as error:

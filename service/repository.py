@@ -335,22 +335,28 @@ class Repository:
     def _load_now(self, name: str) -> None:
         try:
             found = scan(self._root).get(name)
-            self._read_options(name)
+            options, _ = self._read_options(name)
         except RepositoryError as error:
             raise LoadError(f"failed to load '{name}', the repository cannot be read") from error
         except BundleError as error:
             raise LoadError(f"failed to load '{name}', {error}") from error
         if not found:
             raise LoadError(f"failed to load '{name}', no version is available")
+        if not options.policy.choose(sorted(found)):
+            raise LoadError(
+                f"failed to load '{name}', its version policy chooses none of {sorted(found)}"
+            )
         with self._lock:
             model = self._models.setdefault(name, Model())
             model.refused.clear()  # whoever asks again wants it tried again
         self._reconcile_model(name, found, lambda: False)
-        if model.refused:
-            reasons = "; ".join(refusal.reason for refusal in model.refused.values())
-            raise LoadError(f"failed to load '{name}', {reasons}")
         with self._lock:
-            model.counts, self._waits_for_orders = True, False
+            if model.ready:
+                model.counts, self._waits_for_orders = True, False
+            reasons = "; ".join(refusal.reason for refusal in model.refused.values())
+            serves = "".join(f"; version {number} is served" for number in sorted(model.ready))
+        if reasons:
+            raise LoadError(f"failed to load '{name}', {reasons}{serves}")
 
     def _note(self, topic: str, message: str) -> None:
         """Log a lasting trouble once, and not at every look; empty: it is over."""
@@ -375,22 +381,36 @@ class Repository:
             self._refuse_all(model, found, str(error))
             return
         self._note(f"{name}/", "")
+        aliased = sorted(set(named.values()) & found.keys(), reverse=True)
+        chosen = [*options.policy.choose(sorted(found)), *aliased]
+        misses = bool(model.ready) and bool(found) and not chosen
+        trouble = f"{name}: its version policy chooses none of {sorted(found)}; nothing is changed"
+        self._note(f"{name}/policy", trouble if misses else "")
+        if misses:
+            return
         with self._lock:
+            if not model.ready:  # so that no other version answers in the meantime
+                model.aliases = dict(named)
             model.counts &= bool(found)  # a model that was taken away is missed by nobody
             for number in [n for n, refusal in model.refused.items() if refusal.options is None]:
                 del model.refused[number]
         wanted: set[int] = set()
-        latest = 0
-        aliased = sorted(set(named.values()) & found.keys(), reverse=True)
-        for number in [*options.policy.choose(sorted(found)), *aliased]:
-            full = 0 < options.policy.latest <= latest
-            if until() or (full and number not in aliased):
-                continue
-            if self._ensure(name, model, number, found[number], options):
-                wanted.add(number)
-                latest += 1
-        if until():
-            return
+        for number in chosen:
+            full = 0 < options.policy.latest <= len(wanted)
+            if not until() and (number in aliased or not full):
+                wanted |= self._ensured(name, model, number, found[number], options)
+        if not until():
+            self._settle(name, model, found, named, wanted)
+
+    def _settle(
+        self,
+        name: str,
+        model: Model,
+        found: dict[int, Path],
+        named: dict[str, int],
+        wanted: set[int],
+    ) -> None:
+        """Let aliases point where they should, and go of what is wanted no longer."""
         with self._lock:
             for number in model.refused.keys() - found.keys():
                 del model.refused[number]
@@ -412,17 +432,17 @@ class Repository:
             for number in found.keys() - model.ready.keys():
                 model.refused[number] = Refusal(reason)
 
-    def _ensure(
+    def _ensured(
         self, name: str, model: Model, number: int, path: Path, options: ModelOptions
-    ) -> bool:
-        """Have a version served; false if it was refused."""
+    ) -> set[int]:
+        """Have a version served; return it, or nothing if it was refused."""
         seen = fingerprint(path)
         served = model.ready.get(number)
         if served and served.fingerprint == seen and served.options == options:
-            return True
+            return {number}
         refusal = model.refused.get(number)
         if refusal and (refusal.fingerprint, refusal.options) == (seen, options):
-            return served is not None
+            return {number} & model.ready.keys()
         with self._lock:
             model.loading.add(number)
         try:
@@ -436,7 +456,7 @@ class Repository:
         finally:
             with self._lock:
                 model.loading.discard(number)
-        return number in model.ready
+        return {number} & model.ready.keys()
 
     def _refuse(self, name: str, model: Model, number: int, refusal: Refusal) -> None:
         fields = {"model": name, "version": number}
@@ -499,10 +519,13 @@ class Repository:
         for alias, number in named.items():
             before = model.aliases.get(alias)
             waits = number not in model.ready
-            kept = f"; it stays version {before}" if before in model.ready else ""
-            trouble = f"{name} {alias} is to be version {number}, which is not ready{kept}"
-            self._note(f"{name}/{alias}", trouble if waits else "")
-            if waits and before in model.ready:
+            # A first champion takes over from the highest version, which goes on until then.
+            unset = alias == aliases.CHAMPION and before is None and bool(model.ready)
+            kept = f"; it stays {f'version {before}' if before else 'unset'}"
+            keeps = unset or before in model.ready
+            trouble = f"{name} {alias} is to be version {number}, which is not ready"
+            self._note(f"{name}/{alias}", f"{trouble}{kept if keeps else ''}" if waits else "")
+            if waits and keeps:
                 continue
             if before != number and not waits:
                 log.info("alias set: %s %s is version %d", name, alias, number)
@@ -604,7 +627,8 @@ def _numbered(name: str, model: Model, number: int) -> Served:
 
 def _state(model: Model, number: int) -> tuple[str, str]:
     if number in model.ready:
-        return "READY", ""
+        refusal = model.refused.get(number)  # of what its files are by now
+        return "READY", f"changed since it was loaded: {refusal.reason}" if refusal else ""
     if number in model.loading:
         return "LOADING", ""
     if number in model.unloading:

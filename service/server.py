@@ -238,6 +238,7 @@ class _Server:
         while not self._rpc.is_idle() and time.monotonic() < until_s:  # noqa: ASYNC110  threads
             await asyncio.sleep(TICK_S)
         # What has reached the host by now gets its refusal, and not a broken connection.
+        self._front.hold()
         quiet_until_s = min(until_s, time.monotonic() + MAX_QUIET_S)
         begun = -1
         while begun != self._front.begun and time.monotonic() < quiet_until_s:

@@ -58,6 +58,7 @@ WIDE = {
 SHARED_MEMORY = "shared_memory_region"
 CLASSIFICATION = "classification"
 IMAGE_DIMENSIONS = 4
+MAX_DIMENSIONS = 32  # of a shape that is looked at; a few bytes can say millions
 InputTensor = inference_pb2.ModelInferRequest.InferInputTensor
 
 
@@ -227,7 +228,7 @@ def _unframed(content: bytes, tensor: InputTensor, rows: int) -> list[bytes]:
 def _pictures(
     request: inference_pb2.ModelInferRequest, tensor: InputTensor, max_rows: int
 ) -> list[bytes]:
-    shape = tuple(tensor.shape)
+    shape = _shape(tensor, request.model_name)
     if not (len(shape) == 1 or shape[1:] == (1,)) or shape[0] < 1:
         raise InvalidRequestError(
             f"unexpected shape for input '{tensor.name}' for model '{request.model_name}'. "
@@ -250,7 +251,7 @@ def _checked_shape(
     tensor: InputTensor, expected: tuple[int, ...], model: str, max_rows: int
 ) -> tuple[int, ...]:
     """Refuse a shape before its product is used for anything."""
-    shape = tuple(tensor.shape)
+    shape = _shape(tensor, model)
     fits = len(shape) == len(expected) and all(
         size > 0 and wanted in {size, -1} for size, wanted in zip(shape, expected, strict=True)
     )
@@ -261,6 +262,15 @@ def _checked_shape(
         )
     _check_rows(shape[0], model, max_rows)
     return shape
+
+
+def _shape(tensor: InputTensor, model: str) -> tuple[int, ...]:
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise InvalidRequestError(
+            f"unexpected shape for input '{tensor.name}' for model '{model}': it has "
+            f"{len(tensor.shape)} dimensions, expected at most {MAX_DIMENSIONS}"
+        )
+    return tuple(tensor.shape)
 
 
 def _check_rows(rows: int, model: str, max_rows: int) -> None:

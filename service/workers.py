@@ -8,6 +8,7 @@ the port, tells Prometheus what all of them have counted, and stops them togethe
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -189,6 +190,7 @@ class _Keeper:
             for process in self._processes.values():
                 with suppress(ProcessLookupError):
                     process.kill()
+            shutil.rmtree(self._folder, ignore_errors=True)
             logging.shutdown()
             os._exit(KILLED + number)
         log.info("stopping %d workers", len(self._processes))
@@ -214,6 +216,8 @@ def _reserved(address: str) -> Iterator[str]:
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             alone.bind(place)
         shared = socket.socket(family, socket.SOCK_STREAM)
+        # The address of a server that has just stopped is still in use, but free to listen on.
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         shared.bind(place)
     except OSError as error:

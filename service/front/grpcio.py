@@ -25,9 +25,12 @@ from service.access import Access
 from service.call import DRAINING, Call, CallError, Status, refusal
 from service.errors import AddressError, ServiceError, SettingsError
 from service.front.health import Health
+from service.front.http import resolve
 from service.rpc import SERVICES, STREAM, Rpc, stream_answer, stream_refusal
 
-MAX_PENDING_CALLS = 1 << 20
+MAX_PENDING_CALLS = 1 << 14  # each may hold its message, though its caller left long ago
+MAX_SERVICE_CHARACTERS = 256
+SHUTDOWN_S = 0.02  # for gRPC's core to tell clients to go elsewhere
 MAX_SETTLED = 8  # outcomes at a time; each takes the event loop about 0.2 ms
 MAX_STREAMED = 64  # requests of one stream that may wait for their answers
 # gRPC's own five minutes end connections that are kept alive. Clients ping every 10 s; what a
@@ -122,6 +125,8 @@ class GrpcioFront:
         self._server: grpc.aio.Server | None = None
         self._health = Health()
         self._readers: set[asyncio.Task[None]] = set()  # one a stream
+        self._holding = False
+        self._released = asyncio.Event()
         self.begun = 0  # calls so far
 
     async def start(self) -> str:
@@ -172,10 +177,23 @@ class GrpcioFront:
         for reader in self._readers:
             reader.cancel()
         if self._server is not None:
-            await self._server.stop(grace_s)
+            stopping = asyncio.create_task(self._server.stop(grace_s))
+            await asyncio.sleep(SHUTDOWN_S)
+            self._released.set()
+            await stopping
+
+    def hold(self) -> None:
+        """Keep new calls waiting for `stop`, which refuses them.
+
+        What reaches gRPC's core while it shuts down gets CANCELLED, which nobody tries again.
+        Clients that ask again as soon as they are refused would always be at it.
+        """
+        self._holding = True
 
     def _listen(self, server: grpc.aio.Server) -> str:
         address, credentials = self._transport.address, self._transport.credentials()
+        if not address.startswith(UNIX):
+            resolve(address, "--address")
         try:
             if credentials is None:
                 port = server.add_insecure_port(address)
@@ -208,6 +226,8 @@ class GrpcioFront:
     def _unary(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def handle(content: bytes, context: Context) -> bytes:
             call = self._call(path, content, context)
+            if self._holding:
+                await self._released.wait()
             self._rpc.begin(call)
             try:
                 outcome = await call.outcome
@@ -364,6 +384,11 @@ def _health_handlers(health: Health) -> grpc.GenericRpcHandler:
 
     async def watch(content: bytes, context: Context) -> AsyncIterator[bytes]:
         service = (await _parsed(asked, content, context)).service
+        if len(service) > MAX_SERVICE_CHARACTERS:  # it is kept as long as the watch lasts
+            long = f"a service's name has {len(service)} characters, expected at most "
+            await _abort(
+                context, CallError(Status.INVALID_ARGUMENT, f"{long}{MAX_SERVICE_CHARACTERS}")
+            )
         async for serving in health.watch(service):
             yield _state(serving).SerializeToString()
         await _abort(context, CallError(Status.UNAVAILABLE, DRAINING))

@@ -54,7 +54,38 @@ def test_empty_file_changes_nothing(read, options):
     assert read('name: "tiny"\nbackend: "onnxruntime"\ndynamic_batching {}\n') == options()
 
 
-@pytest.mark.parametrize(("asked", "rows"), [(1, 1), (7, 7), (8, 8), (9, 8), (0, 8), (-1, 8)])
+@pytest.mark.parametrize(
+    ("text", "trouble"),
+    [
+        ('name: "other"', "of the model 'other'; give it its own name"),
+        ("max_batch_size: -1", "max_batch_size is -1, expected 0 or more"),
+        ("instance_group [{ count: -3 }]", "an instance_group has a count below 0"),
+        ("model_transaction_policy { decoupled: true }", "decoupled models are not done here"),
+        ("version_policy { specific {} }", "version_policy is specific and names no version"),
+    ],
+)
+def test_what_cannot_be_is_refused(refusal, text, trouble):
+    assert refusal(text).startswith("tiny/config.pbtxt")
+    assert trouble in refusal(text)
+
+
+def test_order_that_asks_for_what_cannot_be_is_refused(options):
+    with pytest.raises(InvalidRequestError, match="max_batch_size is -1"):
+        model_config.parse_json('{"max_batch_size": -1}', options())
+
+
+def test_requests_that_are_delayed_are_not_refused_for_their_wait(read):
+    found = read(
+        "dynamic_batching { default_queue_policy { timeout_action: DELAY"
+        " default_timeout_microseconds: 1 allow_timeout_override: true max_queue_size: 3 } }",
+        queue_timeout_s=1.0,
+    )
+
+    assert (found.queue_timeout_s, found.allow_timeout_override) == (0.0, False)
+    assert found.max_queue_requests == 3
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(1, 1), (7, 7), (8, 8), (9, 8), (0, 8)])
 def test_batch_may_be_smaller_than_the_servers_and_never_larger(read, asked, rows):
     assert read(f"max_batch_size: {asked}").max_batch_rows == rows
 
@@ -106,7 +137,6 @@ def test_policy_says_which_versions_are_tried_and_in_which_order(policy, chosen)
         ("instance_group [{ count: 3 }, { count: 2 }]", 5),
         ("instance_group [{ kind: KIND_CPU }]", 1),
         ("instance_group [{ count: 257 }]", 256),
-        ("instance_group [{ count: -3 }]", 1),
         ("instance_group [{ count: 0 }]", 1),
     ],
 )

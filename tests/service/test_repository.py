@@ -21,6 +21,7 @@ from service.errors import (
     ModelNotFoundError,
     ModelNotReadyError,
     RepositoryError,
+    ServiceError,
 )
 from service.model_config import VersionPolicy
 from service.repository import fingerprint, scan
@@ -839,6 +840,78 @@ def test_alias_that_is_moved_to_a_version_that_is_not_ready_stays_where_it_was(
     assert repository.get("tiny", "").number == 2
 
 
+@pytest.mark.parametrize("kind", ["bad", "absent"])
+def test_first_champion_that_is_not_ready_takes_nothing_from_who_answers(
+    make_bundle, open_repository, caplog, kind
+):
+    path = make_bundle()
+    repository = open_repository(path.parents[1])
+    if kind == "bad":
+        damage(make_bundle(version=2))
+
+    (path.parent / "aliases.json").write_text('{"champion": 2, "candidate": 2}')
+    for _ in range(2):
+        repository.reconcile()
+
+    assert repository.get("tiny", "").number == 1
+    assert repository.is_ready()
+    with pytest.raises(ServiceError):
+        repository.get("tiny", "candidate")
+    trouble = "tiny champion is to be version 2, which is not ready; it stays unset"
+    assert caplog.text.count(trouble) == 1
+
+    shutil.rmtree(path.parent / "2", ignore_errors=True)
+    make_bundle(version=2)
+    make_bundle(version=3)
+    repository.reconcile()
+    assert repository.get("tiny", "").number == 2
+
+
+def test_no_other_version_answers_for_the_champion_while_it_is_loaded(make_bundle, open_repository):
+    path = make_bundle()
+    make_bundle(version=2)
+    (path.parent / "config.pbtxt").write_text("version_policy { all {} }")
+    aliases.write(path.parent, {"champion": 1})
+    answered: list[int | None] = []
+
+    def load(path, options):
+        try:
+            answered.append(repository.get("tiny", "").number)
+        except ServiceError:
+            answered.append(None)
+        return version.load(path, options)
+
+    repository = open_repository(path.parents[1], load=load, look=False)
+    repository.reconcile()
+
+    assert answered == [None, None]
+    assert repository.get("tiny", "").number == 1
+
+
+def test_policy_that_chooses_no_version_changes_nothing(make_bundle, open_repository, caplog):
+    path = make_bundle()
+    repository = open_repository(path.parents[1])
+
+    (path.parent / "config.pbtxt").write_text("version_policy { specific { versions: [7] } }")
+    for _ in range(2):
+        repository.reconcile()
+
+    assert repository.get("tiny", "").number == 1
+    assert repository.is_ready()
+    assert caplog.text.count("tiny: its version policy chooses none of [1]") == 1
+
+
+def test_served_version_whose_files_were_changed_says_so(make_bundle, open_repository):
+    path = make_bundle()
+    repository = open_repository(path.parents[1])
+
+    damage(path)
+    repository.reconcile()
+
+    assert states(repository) == {("tiny", 1): "READY"}
+    assert reasons(repository)["tiny", 1].startswith("changed since it was loaded: tiny/1/model.o")
+
+
 def test_champion_that_was_never_ready_is_not_replaced_by_another_version(
     make_bundle, open_repository
 ):
@@ -1010,6 +1083,34 @@ def test_load_that_fails_says_why_and_leaves_what_was_served(make_bundle, contro
     assert repository.get("tiny", "").number == 1
     assert repository.is_ready()
     assert figures(repository)["tiny", 2][Figure.REFUSED] == 2
+
+
+def test_load_whose_policy_chooses_no_version_fails_and_leaves_what_was_served(
+    make_bundle, controlled
+):
+    repository = controlled(make_bundle().parents[1])
+    repository.load("tiny")
+
+    with pytest.raises(LoadError) as caught:
+        repository.load("tiny", '{"version_policy": {"specific": {"versions": [9]}}}')
+
+    assert str(caught.value) == "failed to load 'tiny', its version policy chooses none of [1]"
+    assert repository.get("tiny", "").number == 1
+    assert repository.is_ready()
+
+
+def test_load_that_fails_for_one_version_counts_and_names_the_one_that_is_served(
+    make_bundle, controlled
+):
+    path = make_bundle()
+    damage(make_bundle(version=2))
+    repository = controlled(path.parents[1])
+
+    with pytest.raises(LoadError, match=r"; version 1 is served$"):
+        repository.load("tiny")
+
+    assert repository.get("tiny", "").number == 1
+    assert repository.is_ready()
 
 
 def test_load_with_a_configuration_in_the_folder_that_is_none_fails(make_bundle, controlled):

@@ -1,4 +1,5 @@
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -365,6 +366,23 @@ def test_pictures_in_contents_are_as_many_as_the_shape_says_and_alone():
     assert refusal(pictures([1], framed(b"a"), bytes_contents=[b"a"])).startswith(
         "contents field must not be specified when using raw_input_contents"
     )
+
+
+@pytest.mark.parametrize("of", ["tensor", "pictures"])
+def test_shape_of_millions_of_dimensions_is_not_read(of):
+    millions = [1] * (1 << 22)
+    request = pictures(millions, b"")
+    if of == "tensor":
+        request.inputs[0].datatype = "UINT8"
+    del millions
+
+    tracemalloc.start()
+    said = refusal(request)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert said.endswith(f"it has {1 << 22} dimensions, expected at most 32")
+    assert peak_bytes < 1 << 20
 
 
 @pytest.mark.parametrize("shape", [[], [0], [-1], [1, 2], [1, 1, 1], [2, 2, 2, 1]])
