@@ -37,6 +37,7 @@ TRIAL_S = 600.0  # longest time a candidate may take to load and to answer the g
 QUIET_S = 0.05  # without a new call, before a server that drains stops listening
 MAX_QUIET_S = 1.0  # clients that go on calling are not waited for any longer
 TICK_S = 0.01
+TIDY_S = 15.0
 KEEPER_S = 1.0  # for who watches the folder to notice that it is over
 NS = 1_000_000_000
 KILLED = 128  # and the signal's number: what a shell calls a process that a signal ended
@@ -147,7 +148,9 @@ class _Server:
             self._repository.watch(lambda: self._show_health(address))
             # A daemon, so that a stop need not wait for the version at hand.
             threading.Thread(target=self._keep, args=(keeping,), daemon=True).start()
+            tidying = asyncio.create_task(self._tidy())
             await self._ended(keeping)
+            tidying.cancel()
             await self._drain()
         finally:
             self._over.set()
@@ -223,6 +226,15 @@ class _Server:
                 stopping.cancel()
                 raise
         await stopping
+
+    async def _tidy(self) -> None:
+        """Give back what memory the last requests left, now and then and off the event loop."""
+        begun = 0
+        while True:
+            await asyncio.sleep(TIDY_S)
+            if begun != self._front.begun:
+                begun = self._front.begun
+                await asyncio.to_thread(host.give_back_memory)
 
     async def _drain(self) -> None:
         """Say it is over, wait for balancers to notice, answer what was accepted, stop."""

@@ -141,3 +141,19 @@ def test_this_host_is_read_without_an_error():
     assert host.cores() >= 1
     assert host.memory_bytes()
     assert host.processor().flags
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators know no such call")
+def test_memory_that_was_freed_between_what_is_in_use_is_given_back():
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytes(4_000) for _ in range(50_000)]
+    in_use = blocks[::100]
+    del blocks
+    before_bytes = resident_bytes()
+
+    assert host.give_back_memory()
+
+    assert resident_bytes() < before_bytes - (100 << 20)
+    assert len(in_use) == 500

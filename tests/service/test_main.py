@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from protos import bundle_pb2, inference_pb2
 from service import aliases
 from service.__main__ import app
+from service.access import Access
 from service.model_config import VersionPolicy
 from service.rpc import Rpc
 from service.settings import ENVIRONMENT_PREFIX, Settings
@@ -287,6 +288,31 @@ def test_prediction_as_json_has_every_label_of_every_picture(run, address, pictu
     assert [next(iter(answer["probabilities"])) for answer in answers] == ["light", "dark"]
     for answer in answers:
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
+
+
+def test_token_of_a_file_or_of_the_environment_is_shown_to_the_server(
+    run, rpc, listen, picture, tmp_path, monkeypatch
+):
+    token = "a token of many letters".replace(" ", "-")
+    address = listen(rpc, access=Access((token,), ()))
+    path = tmp_path / "token"
+    path.write_text(token)
+    ask = ("--address", address, "--json")
+
+    assert run("predict", picture(250), *ask).exit_code == 1
+    assert run("predict", picture(250), *ask, "--token-file", path).exit_code == 0
+    assert run("parity", *ask, "--token-file", path).exit_code == 0
+    monkeypatch.setenv("SERVE_EXPORT_TOKEN", token)
+    assert run("predict", picture(250), *ask).exit_code == 0
+    assert run("parity", *ask).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [("predict", "a.png"), ("parity",)])
+def test_tls_files_that_cannot_be_used_are_named(run, tmp_path, command):
+    missing = tmp_path / "ca.pem"
+
+    assert "ca.pem cannot be read" in sentence(run(*command, "--tls-ca", missing))
+    assert "need each other" in sentence(run(*command, "--tls-cert", missing))
 
 
 def test_invert_is_what_the_model_sees(run, address, picture):

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -436,6 +437,44 @@ def test_server_stops_when_its_standard_input_is_closed_and_not_before(make_bund
     server.popen.stdin.close()
 
     assert server.wait() == 0
+
+
+def ask_on_and_on(address, request, codes):
+    """Ask until nobody listens any more, and note how each call ended."""
+    with grpc.insecure_channel(address) as channel:
+        ask: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        while True:
+            try:
+                ask(request, timeout=30)
+            except grpc.RpcError as error:
+                codes.append(error.code())
+                if "failed to connect" in str(error.details()).lower():
+                    return
+            else:
+                codes.append(grpc.StatusCode.OK)
+
+
+@pytest.mark.slow
+def test_clients_that_ask_on_and_on_are_refused_by_a_stop_and_never_cancelled(
+    make_bundle, start_server, infer, tiny
+):
+    path = make_bundle()
+    request = infer(tiny.images(1)).SerializeToString()
+    for _ in range(3):
+        server = start_server(*repository(path), *SHORT)
+        codes: list[grpc.StatusCode] = []
+        asked = (server.address(), request, codes)
+        askers = [threading.Thread(target=ask_on_and_on, args=asked) for _ in range(16)]
+        for asker in askers:
+            asker.start()
+        until(lambda codes=codes: len(codes) > 500)
+
+        server.popen.terminate()
+
+        assert server.wait() == 0
+        for asker in askers:
+            asker.join(60)
+        assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
 
 
 @pytest.mark.slow

@@ -549,6 +549,37 @@ def test_stop_ends_watches_and_streams_that_their_clients_would_keep_open(front,
     assert time.monotonic() - started_s < WAIT_S / 2
 
 
+def test_calls_that_are_held_wait_until_the_core_has_said_that_it_shuts_down(front, loop, dial):
+    fake = Fake(lambda call: call.refuse(CallError(Status.UNAVAILABLE, DRAINING)))
+    front, address = front(fake)
+    channel = dial(address)
+    infer = channel.unary_unary(INFER)
+    assert refusal(lambda: infer(b"")) == (grpc.StatusCode.UNAVAILABLE, DRAINING)
+    loop.call_soon_threadsafe(front.hold)
+
+    calls = [infer.future(b"", timeout=WAIT_S) for _ in range(8)]
+    end_s = time.monotonic() + WAIT_S
+    while front.begun < 9:
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+    assert len(fake.calls) == 1
+    asyncio.run_coroutine_threadsafe(front.stop(WAIT_S), loop).result(WAIT_S)
+    ended = {refusal(call.result) for call in calls}
+    assert ended == {(grpc.StatusCode.UNAVAILABLE, DRAINING)}
+
+
+def test_watch_of_a_service_with_an_endless_name_is_refused_and_not_kept(front, dial):
+    _, address = front(Fake())
+
+    with pytest.raises(grpc.RpcError) as caught:
+        next(watch(dial(address), "x" * 257))
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "a service's name has 257 characters, expected at most 256"
+    assert next(watch(dial(address), "x" * 256)) == "SERVICE_UNKNOWN"
+
+
 def test_front_that_was_never_started_can_be_stopped(loop):
     fake: Any = Fake()
     transport = Transport(address="127.0.0.1:0", max_message_bytes=1)
