@@ -1,6 +1,7 @@
 import math
 import os
 import platform
+from pathlib import Path
 
 import pytest
 
