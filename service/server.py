@@ -34,7 +34,9 @@ from service.watch import looks, when_stdin_ends
 log = logging.getLogger(__name__)
 PACKAGE = "train-export"
 TRIAL_S = 600.0  # longest time a candidate may take to load and to answer the golden set
-QUIET_S = 0.05  # without a new call, before a server that drains stops listening
+# Looks without a new call, before a server that drains stops listening; many, because on a busy
+# host a single pause may pass before the event loop has seen what came in it.
+QUIET_TICKS = 15
 MAX_QUIET_S = 1.0  # clients that go on calling are not waited for any longer
 TICK_S = 0.01
 TIDY_S = 15.0
@@ -252,10 +254,11 @@ class _Server:
         # What has reached the host by now gets its refusal, and not a broken connection.
         self._front.hold()
         quiet_until_s = min(until_s, time.monotonic() + MAX_QUIET_S)
-        begun = -1
-        while begun != self._front.begun and time.monotonic() < quiet_until_s:
+        quiet = 0
+        while quiet < QUIET_TICKS and time.monotonic() < quiet_until_s:
             begun = self._front.begun
-            await asyncio.sleep(QUIET_S)
+            await asyncio.sleep(TICK_S)
+            quiet = quiet + 1 if begun == self._front.begun else 0
         await self._front.stop(max(0.0, until_s - time.monotonic()))
 
     def _show_health(self, address: str) -> None:
