@@ -42,6 +42,11 @@ conformance: $(STAMP) $(STRANGERS) ## clients nobody here wrote, against the rea
 bench: $(STAMP) ## what the server adds to the model, in images a second (after make run)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
+.PHONY: stress
+stress: $(STAMP) ## what twice the load, and versions that change under load, do to requests
+	$(BIN)/python benchmarks/overload.py
+	$(BIN)/python benchmarks/swaps.py
+
 .PHONY: soak
 soak: $(STAMP) ## a million requests while memory is watched, then a million broken ones a target: hours
 	$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -39,6 +39,12 @@ def configure(format: str) -> None:
     handler.setFormatter(Json() if format == "json" else Console())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it counts changes, which we name
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether gRPC logs more than a caller who left while the answer was sent."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
 
 
 def access(call: Call) -> None:

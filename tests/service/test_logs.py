@@ -213,3 +213,20 @@ def test_log_goes_to_standard_error_from_info_on(form):
     else:
         assert LINE.match(text)
         assert text.endswith(" INFO    service.server: up Δ")
+
+
+LEFT = """
+import logging
+from service import logs
+logs.configure("console")
+core = logging.getLogger("grpc._cython.cygrpc")
+core.error("ExecuteBatchError raised in core by servicer method [/a/B]")
+core.error("Unexpected [%s] raised by servicer method", "KeyError")
+"""
+
+
+def test_caller_who_leaves_while_the_answer_is_sent_is_no_error_of_ours():
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=True)
+
+    assert "ExecuteBatchError" not in done.stderr
+    assert "Unexpected [KeyError] raised by servicer method" in done.stderr
