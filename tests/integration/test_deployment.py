@@ -12,6 +12,7 @@ from service import bundle
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+STOP_S = 60
 END_S = 420
 
 
@@ -70,6 +71,10 @@ def test_both_names_of_the_deployment_start_a_run_that_a_worker_finishes(deploye
             assert time.monotonic() < until, log.read_text()
             time.sleep(1)
         worker.terminate()
+        try:
+            worker.wait(STOP_S)
+        except subprocess.TimeoutExpired:  # Prefect's, while the last run's process ends
+            worker.kill()
 
     assert set(states(deployed).values()) == {"COMPLETED"}, log.read_text()
     for number in (1, 2):
