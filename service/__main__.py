@@ -101,13 +101,14 @@ def worker(*, index: int, statistics: Path, **options: Any) -> None:  # noqa: AN
 
 def _prepared(options: dict[str, Any]) -> Settings:
     """Check the options, and set up what a server process needs before it imports the rest."""
-    from service import logs  # noqa: PLC0415  only for who serves
+    from service import host, logs  # noqa: PLC0415  only for who serves
 
     try:
         settings = Settings(**options)
     except ServiceError as error:
         fail(error)
     logs.configure(settings.log_format)
+    host.keep_memory_steady()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of clients' damaged pictures
     # gRPC's core would repeat in its own words what we say in a sentence.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
+HEAPS = 2
+LARGE_BYTES = 1 << 16  # from here on a block is the system's, and goes back to it when it is freed
 NO_LIMIT_BYTES = 1 << 60  # v1 writes a number near 2^63 where there is none
 
 
@@ -106,6 +109,21 @@ def _lines(path: Path) -> list[str]:
         return path.read_text("utf-8", "replace").splitlines()
     except OSError:
         return []
+
+
+def keep_memory_steady() -> bool:
+    """Have the allocator keep little for later; before there are threads.
+
+    glibc gives every thread a heap of its own, and after the first large block that is freed keeps
+    blocks of that size as well. Under messages of all sizes both grow for hours.
+
+    Returns:
+        Whether the allocator could be told: glibc's could.
+    """
+    tell = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tell is None:
+        return False
+    return bool(tell(M_ARENA_MAX, HEAPS) and tell(M_MMAP_THRESHOLD, LARGE_BYTES))
 
 
 def give_back_memory() -> bool:

@@ -1,6 +1,8 @@
 import math
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,39 @@ def test_this_host_is_read_without_an_error():
     assert host.cores() >= 1
     assert host.memory_bytes()
     assert host.processor().flags
+
+
+STEADY = """
+import os
+from pathlib import Path
+from service import host
+
+def kept_bytes():
+    del_me = bytes(16 << 20)
+    del del_me  # from now on glibc keeps blocks of this size
+    blocks = [bytes(1 << 17) for _ in range(1024)]
+    last = blocks[-1]
+    pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+    del blocks[:-1]
+    return pages() * os.sysconf("SC_PAGE_SIZE")
+
+before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+kept = kept_bytes() - before
+host.give_back_memory()
+assert host.keep_memory_steady()
+before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+print(kept, kept_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators know no such call")
+def test_large_blocks_go_back_to_the_system_though_larger_ones_were_freed_before():
+    done = subprocess.run(
+        [sys.executable, "-c", STEADY], capture_output=True, text=True, check=True
+    )
+
+    kept_bytes, steady_bytes = map(int, done.stdout.split())
+    assert kept_bytes > 32 << 20 > steady_bytes
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators know no such call")
