@@ -15,13 +15,14 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from protos import inference_pb2, parity_pb2
-from service import bundle, errors, model_config
+from service import bundle, errors, frame, model_config
 from service.call import Call, CallError, Status, refusal
 from service.inference import Inference
 from service.parity_rpc import get_parity, properties
 from service.repository import Repository
 from service.statistics_rpc import statistics
 
+MAX_ASKED_BYTES = 1 << 20  # of any request but those with tensors
 SLOW_CALLS = 4  # loads, which take turns, and looks at the folder between them
 Request = TypeVar("Request", bound=Message)
 INFERENCE = "inference.GRPCInferenceService"
@@ -151,8 +152,8 @@ class Rpc:
             request: inference_pb2.ModelInferRequest = _parsed(
                 call, inference_pb2.ModelInferRequest.FromString
             )
-        except CallError as error:
-            call.refuse(error)
+        except (CallError, errors.InvalidRequestError) as error:
+            call.refuse(refusal(call.path, error))
         else:
             self._inference.begin(call, request)
 
@@ -294,6 +295,12 @@ def stream_refusal(error: CallError, request_id: str) -> bytes:
 
 
 def _parsed(call: Call, parse: Callable[[bytes], Request]) -> Request:
+    if call.path == INFER:
+        frame.check(call.content)
+    elif len(call.content) > MAX_ASKED_BYTES:
+        raise errors.InvalidRequestError(
+            f"the request has {len(call.content)} bytes, expected at most {MAX_ASKED_BYTES}"
+        )
     try:
         return parse(call.content)
     except DecodeError as error:

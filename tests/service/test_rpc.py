@@ -714,3 +714,26 @@ def test_rpc_that_drains_answers_all_but_inference(rpc, say, refused, infer, tin
     assert say(rpc, "ModelMetadata", name="tiny").name == "tiny"
     assert say(rpc, "ModelStatistics").model_stats
     assert rpc.is_idle()
+
+
+@pytest.mark.parametrize("name", ["ServerLive", "ModelConfig", "RepositoryIndex"])
+def test_large_request_that_has_no_tensors_is_refused_unparsed(rpc, asked, name):
+    call = asked(f"{INFERENCE}{name}", b"\x78\x01" * (1 << 20))
+
+    rpc.begin(call)
+
+    with pytest.raises(CallError) as caught:
+        call.result()
+    assert caught.value.status is Status.INVALID_ARGUMENT
+    assert str(caught.value) == "the request has 2097152 bytes, expected at most 1048576"
+
+
+def test_request_that_is_large_beside_its_tensors_is_refused_unparsed(rpc, asked):
+    call = asked(INFER, b"\x2a\x00" * (1 << 20))
+
+    rpc.begin(call)
+
+    with pytest.raises(CallError) as caught:
+        call.result()
+    assert caught.value.status is Status.INVALID_ARGUMENT
+    assert "beside its tensors' contents more than" in str(caught.value)
