@@ -225,15 +225,18 @@ def alias(
 
     Example: serve-export alias fashion-mnist champion 3
     """
-    from service import aliases  # noqa: PLC0415  none of it to print the help
+    from service import aliases, bundle  # noqa: PLC0415  none of it to print the help
 
+    if not bundle.NAME.fullmatch(model):
+        fail(f"{model!r} is not the name of a model")
     folder = repository / model
     try:
-        named = aliases.read(folder)
-        before = named.pop(name, None)
-        if version is not None:
-            named[name] = version
-        aliases.write(folder, named)
+        with aliases.changing(folder):
+            named = aliases.read(folder)
+            before = named.pop(name, None)
+            if version is not None:
+                named[name] = version
+            aliases.write(folder, named)
     except ServiceError as error:
         fail(error)
     was = f"version {before}" if before else "not set"

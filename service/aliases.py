@@ -3,10 +3,13 @@
 `champion` answers requests that name no version. Moving it back is a rollback.
 """
 
+import fcntl
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from service import plain_file
@@ -47,6 +50,23 @@ def read(model: Path) -> dict[str, int]:
             "lower-case names with whole numbers"
         )
     return found
+
+
+@contextmanager
+def changing(model: Path) -> Iterator[None]:
+    """Keep others from changing a model's aliases between a look at them and their replacement.
+
+    Raises:
+        BundleError: there is no such model.
+    """
+    if not NAME.fullmatch(model.name) or not model.is_dir():
+        raise BundleError(f"there is no model {model.name!r}; name one that was published")
+    folder = os.open(model, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def write(model: Path, aliases: dict[str, int]) -> None:

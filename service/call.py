@@ -164,6 +164,9 @@ class Call:
             if self._over:
                 return False
             self._over = True
+            # A stream keeps its calls until their answers are read; what was asked is not needed.
+            self.content = b""
+            self._on_cancel = None
         if self.watcher is not None:
             self.watcher(self, status)
         return True

@@ -22,6 +22,7 @@ SWAPS = 8  # versions that may close under one request before it is refused
 DECODERS = 2  # threads for pictures; Pillow lets go of the interpreter's lock
 MAX_DECODING = 64  # requests of pictures that may wait for them
 RETRY_S = 0.1
+MAX_ID_CHARACTERS = 128  # of a request's id in a message, which has to say more
 # How statistics count what ends a request before it is queued.
 DECODING_FAILURES: dict[type[Exception], str] = {
     errors.PictureError: "OTHER",
@@ -192,5 +193,5 @@ def _written(accepted: _Accepted, answers: Answers, timing: Timing) -> bytes:
 def _refuse(call: Call, request: inference_pb2.ModelInferRequest, error: Exception) -> None:
     if isinstance(error, errors.ServiceError) and type(error) in STATUS:
         # Triton's clients find their request in a message by this prefix.
-        error.args = (f"[request id: {request.id or '<id_unknown>'}] {error}",)
+        error.args = (f"[request id: {request.id[:MAX_ID_CHARACTERS] or '<id_unknown>'}] {error}",)
     call.refuse(refusal(call.path, error))

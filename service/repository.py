@@ -241,6 +241,8 @@ class Repository:
                 model.idle |= model.ready.keys() | model.refused.keys()
                 model.refused.clear()
                 unwanted = set(model.ready)
+                # With nothing to serve it is as at its start: ready to be told what to load.
+                self._waits_for_orders = not any(one.counts for one in self._models.values())
             self._retire(name, unwanted)
         self._tell()
 

@@ -127,6 +127,7 @@ class GrpcioFront:
         self._readers: set[asyncio.Task[None]] = set()  # one a stream
         self._holding = False
         self._released = asyncio.Event()
+        self._closed = asyncio.Event()
         self.begun = 0  # calls so far
 
     async def start(self) -> str:
@@ -147,7 +148,7 @@ class GrpcioFront:
             self._server.add_generic_rpc_handlers((self._handlers(service),))
         self._server.add_generic_rpc_handlers((_health_handlers(self._health),))
         named = (*SERVICES, HEALTH, reflection.SERVICE_NAME)
-        self._server.add_generic_rpc_handlers((_reflection_handlers(named),))
+        self._server.add_generic_rpc_handlers((_reflection_handlers(named, self._closed),))
         self.show_health(ready=False, models={})
         address = self._listen(self._server)
         await self._server.start()
@@ -174,6 +175,7 @@ class GrpcioFront:
         clients would keep them open.
         """
         self._health.close()
+        self._closed.set()
         for reader in self._readers:
             reader.cancel()
         if self._server is not None:
@@ -403,12 +405,13 @@ def _health_handlers(health: Health) -> grpc.GenericRpcHandler:
     )
 
 
-def _reflection_handlers(services: Iterable[str]) -> grpc.GenericRpcHandler:
+def _reflection_handlers(services: Iterable[str], closed: asyncio.Event) -> grpc.GenericRpcHandler:
     servicer = reflection.aio.ReflectionServicer(services, pool=_reflected())
     asked = reflection_pb2.ServerReflectionRequest
 
     async def reflect(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        parsed = (await _parsed(asked, content, context) async for content in requests)
+        before_end = _until(closed, requests)
+        parsed = (await _parsed(asked, content, context) async for content in before_end)
         async for response in servicer.ServerReflectionInfo(parsed, context):
             yield response.SerializeToString()
 
@@ -416,6 +419,23 @@ def _reflection_handlers(services: Iterable[str]) -> grpc.GenericRpcHandler:
         reflection.SERVICE_NAME,
         {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(reflect)},
     )
+
+
+async def _until(closed: asyncio.Event, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Give the requests of a stream until it ends or the server stops."""
+    closing = asyncio.ensure_future(closed.wait())
+    try:
+        while not closed.is_set():
+            following = asyncio.ensure_future(anext(requests, None))
+            await asyncio.wait((following, closing), return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                return
+            if (content := following.result()) is None:
+                return
+            yield content
+    finally:
+        closing.cancel()
 
 
 async def _parsed(kind: type[Request], content: bytes, context: Context) -> Request:

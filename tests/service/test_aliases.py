@@ -1,6 +1,8 @@
 import json
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -158,3 +160,26 @@ def test_file_that_cannot_be_replaced_is_said_to_be_so_and_nothing_is_left_behin
         "tiny/aliases.json cannot be written: Is a directory"
     )
     assert {path.name for path in model.iterdir()} == {"1", "2", "30", "aliases.json"}
+
+
+def test_aliases_that_many_set_at_once_are_all_set(model):
+    def add(name):
+        with aliases.changing(model):
+            named = aliases.read(model)
+            time.sleep(0.005)
+            aliases.write(model, {**named, name: 1})
+
+    (model / "1").mkdir(exist_ok=True)
+    names = [f"alias-{number}" for number in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(add, names))
+
+    assert aliases.read(model) == dict.fromkeys(names, 1)
+
+
+def test_aliases_of_a_model_that_is_not_there_are_not_changed(tmp_path):
+    with (
+        pytest.raises(BundleError, match="there is no model 'none'"),
+        aliases.changing(tmp_path / "none"),
+    ):
+        raise AssertionError

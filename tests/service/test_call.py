@@ -1,5 +1,6 @@
 import logging
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -233,3 +234,32 @@ def test_cancellation_may_refuse_the_call_itself():
     call.cancel()
 
     assert statuses == [Status.CANCELLED]
+
+
+@pytest.mark.parametrize("end", ["answer", "refuse", "cancel"])
+def test_call_that_is_over_keeps_nothing_of_what_was_asked(end):
+    call = Noted(content=b"megabytes")
+    asked = object()
+    kept = weakref.ref(holder := Held(asked))
+    call.on_cancel(partial(holder.tell))
+    del holder
+
+    if end == "answer":
+        call.answer(b"")
+    elif end == "refuse":
+        call.refuse(CallError(Status.INVALID_ARGUMENT, "no"))
+    else:
+        call.cancel()
+
+    assert call.content == b""
+    assert kept() is None
+
+
+class Held:
+    """What a request is kept as while it waits."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def tell(self):
+        """Do nothing about the cancellation."""

@@ -196,6 +196,14 @@ def alias(run, make_bundle):
     return lambda *words: run("alias", *words, "--repository", model.parent), model
 
 
+@pytest.mark.parametrize("name", ["../tiny", "..", "/tmp/tiny", ""])
+def test_alias_of_what_is_no_models_name_is_refused(alias, name):
+    alias, model = alias
+
+    assert sentence(alias(name, "champion", 1)) == f"{name!r} is not the name of a model"
+    assert not (model / "aliases.json").exists()
+
+
 def test_alias_is_set_moved_and_removed_and_says_what_it_was(alias):
     alias, model = alias
 

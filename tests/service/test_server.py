@@ -534,13 +534,25 @@ def test_calls_in_flight_are_answered_when_the_server_is_stopped(
 ):
     rows = 100_000  # so many that the later calls wait for the only thread of the model
     server = start_server(
-        *repository(make_bundle()), *FREE, "--threads", "1", "--instances", "1", *BIG
-    )
+        *repository(make_bundle()), *FREE, "--threads", "1", "--instances", "1", *BIG,
+        "--metrics-address", "127.0.0.1:0",
+    )  # fmt: skip
     request = infer(tiny.images(rows))
+
+    def arrived() -> float:
+        """Return how many requests were answered or wait; the one that runs is none of them."""
+        found = re.search(r"metrics on (http://\S+)", server.log.read_text())
+        assert found is not None
+        with urllib.request.urlopen(found[1], timeout=30) as response:
+            text = response.read().decode()
+        counts = re.findall(
+            r"^nv_inference_(?:request_success|pending_request_count)\{.* (\S+)$", text, re.M
+        )
+        return sum(map(float, counts))
 
     with grpc.insecure_channel(server.address()) as channel:
         calls = [stub(channel).ModelInfer.future(request, timeout=60) for _ in range(8)]
-        calls[3].result()  # by now the others have arrived
+        until(lambda: arrived() >= 7)
         server.popen.terminate()
         for call in calls:
             assert call.result().outputs[0].shape[0] == rows

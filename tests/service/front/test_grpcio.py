@@ -178,7 +178,13 @@ def test_every_status_reaches_the_client_with_its_message_and_trailers(listen, d
 
 
 def test_call_has_what_came_with_it(listen, dial):
-    fake = Fake(lambda call: call.answer(b"yes"))
+    contents: list[bytes] = []
+
+    def answer(call):
+        contents.append(call.content)
+        call.answer(b"yes")
+
+    fake = Fake(answer)
     address = listen(fake)
     metadata = (("x-text", "value"), ("x-bytes-bin", b"\xff"))
 
@@ -187,7 +193,7 @@ def test_call_has_what_came_with_it(listen, dial):
     assert dial(address).unary_unary(INFER)(b"") == b"yes"
 
     first, second = fake.calls
-    assert (first.path, first.content) == (INFER, b"content")
+    assert (first.path, contents) == (INFER, [b"content", b""])
     assert first.metadata["x-text"] == "value"
     assert "x-bytes-bin" not in first.metadata
     assert first.peer.startswith("ipv4:127.0.0.1:")
@@ -567,6 +573,24 @@ def test_calls_that_are_held_wait_until_the_core_has_said_that_it_shuts_down(fro
     asyncio.run_coroutine_threadsafe(front.stop(WAIT_S), loop).result(WAIT_S)
     ended = {refusal(call.result) for call in calls}
     assert ended == {(grpc.StatusCode.UNAVAILABLE, DRAINING)}
+
+
+def test_stop_ends_a_stream_of_reflection_that_its_client_would_keep_open(front, loop, dial):
+    front, address = front(Fake())
+    kept = threading.Event()
+
+    def requests():
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        kept.wait(WAIT_S)
+
+    stub = reflection_pb2_grpc.ServerReflectionStub(dial(address))
+    answers = stub.ServerReflectionInfo(requests(), timeout=WAIT_S)
+    assert next(answers).list_services_response.service
+
+    asyncio.run_coroutine_threadsafe(front.stop(WAIT_S), loop).result(WAIT_S / 2)
+
+    assert list(answers) == []
+    kept.set()
 
 
 def test_watch_of_a_service_with_an_endless_name_is_refused_and_not_kept(front, dial):
