@@ -59,8 +59,7 @@ def changing(model: Path) -> Iterator[None]:
     Raises:
         BundleError: there is no such model.
     """
-    if not NAME.fullmatch(model.name) or not model.is_dir():
-        raise BundleError(f"there is no model {model.name!r}; name one that was published")
+    _check_model(model)
     folder = os.open(model, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -75,8 +74,7 @@ def write(model: Path, aliases: dict[str, int]) -> None:
     Raises:
         BundleError: a name is not an alias, a version is not there, or the file cannot be written.
     """
-    if not NAME.fullmatch(model.name) or not model.is_dir():
-        raise BundleError(f"there is no model {model.name!r}; name one that was published")
+    _check_model(model)
     for alias, number in aliases.items():
         if not ALIAS.fullmatch(alias):
             raise BundleError(f"{alias!r} is not an alias; expected lower-case letters and digits")
@@ -98,3 +96,8 @@ def write(model: Path, aliases: dict[str, int]) -> None:
                 raise
     except OSError as error:
         raise BundleError(f"{model.name}/{ALIASES} cannot be written: {error.strerror}") from error
+
+
+def _check_model(model: Path) -> None:
+    if not NAME.fullmatch(model.name) or not model.is_dir():
+        raise BundleError(f"there is no model {model.name!r}; name one that was published")

@@ -427,11 +427,11 @@ async def _until(closed: asyncio.Event, requests: AsyncIterator[bytes]) -> Async
     try:
         while not closed.is_set():
             following = asyncio.ensure_future(anext(requests, None))
-            await asyncio.wait((following, closing), return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                following.cancel()
-                return
-            if (content := following.result()) is None:
+            try:
+                await asyncio.wait((following, closing), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                following.cancel()  # of no effect once it is done
+            if not following.done() or (content := following.result()) is None:
                 return
             yield content
     finally:
