@@ -6,12 +6,11 @@ has left or whose time is over.
 """
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from service.errors import (
     ServiceError,
 )
 from service.pace import Pace
-from service.statistics import Execution, Figure, Statistics
+from service.statistics import Execution, Statistics
 
 log = logging.getLogger(__name__)
 MIN_RETRY_S = 0.001
@@ -34,26 +33,44 @@ Answers: TypeAlias = dict[str, NDArray[np.generic]]
 Run: TypeAlias = Callable[[NDArray[np.generic]], Answers]
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """How a request was answered; times in seconds."""
+class Batch:
+    """One call of the model, and what it answered: the rows of all of its requests."""
 
-    rows: int
-    batch_rows: int  # of the call of the model it was part of
-    queue_s: float
-    infer_s: float
+    __slots__ = ("_raw", "answers", "infer_s", "layout", "rows", "started_s")
+
+    def __init__(self, answers: Answers, *, rows: int, started_s: float, infer_s: float) -> None:
+        """Store them.
+
+        Args:
+            answers: every output by its name, (rows, ...).
+            rows: how many.
+            started_s: when it left the queue, on the monotonic clock.
+            infer_s: how long the model took, in seconds.
+        """
+        self.answers, self.rows = answers, rows
+        self.started_s, self.infer_s = started_s, infer_s
+        # What outputs have in common whose rows are written the same way.
+        self.layout = tuple((name, array.dtype, array.shape[1:]) for name, array in answers.items())
+        self._raw: dict[str, memoryview] = {}
+
+    def raw(self, name: str) -> memoryview:
+        """Return the bytes of an output, row-major; made once for all requests."""
+        raw = self._raw.get(name)
+        if raw is None:
+            raw = self._raw[name] = memoryview(self.answers[name].tobytes())
+        return raw
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request's rows, and who is told what became of them: one of the two, from any thread.
-
-    The answers are each output's rows in the request's order, views of a larger array.
-    """
+class Job(Protocol):
+    """One request's rows, and who is told what became of them: one of the two, from any thread."""
 
     batch: NDArray[np.generic]
-    answered: Callable[[Answers, Timing], None]
-    failed: Callable[[Exception], None]
+
+    def answered(self, batch: Batch, start: int) -> None:
+        """Take note of the batch whose rows from `start` on are this request's."""
+
+    def failed(self, error: Exception) -> None:
+        """Take note of why there is no answer."""
 
 
 class Batcher:
@@ -91,6 +108,7 @@ class Batcher:
         self._changed = threading.Condition(threading.Lock())
         self._closed = False
         self._busy_rows: list[int] = []  # of the calls that run now
+        self._buffers: list[NDArray[np.generic]] = []  # that rows were joined in, to be used again
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -102,8 +120,12 @@ class Batcher:
             thread.start()
             self._threads.append(thread)
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: Ticket, *, stay: bool = False) -> None:
         """Let a ticket with a `Job` wait for the model; returns at once.
+
+        Args:
+            ticket: the request.
+            stay: wake no thread: whoever submits calls `work` or `wake` when all have come.
 
         Raises:
             OverloadedError: there is no room to wait, or no hope to be answered in time.
@@ -117,13 +139,43 @@ class Batcher:
                         f"Request for unknown model: {self._name} is not at ready state"
                     )
                 self._admit(ticket, expired)
-                self._changed.notify()
+                if not stay:
+                    self._wake_one()
         except OverloadedError:
             self._statistics.failed("REJECTED", 0.0)
             raise
         finally:
             for late in expired:
                 self._refuse_expired(late)
+
+    def wake(self) -> None:
+        """Let a thread of this batcher's own run what waits."""
+        with self._changed:
+            self._wake_one()
+
+    def work(self, longest_s: float) -> None:
+        """Run what waits on this thread, as long as an instance is free for it.
+
+        Calls that are expected to take longer are left to the threads of this batcher's own, and so
+        is what is not due yet; what comes while all instances are busy, to those that are busy.
+
+        Args:
+            longest_s: seconds that one call may take.
+        """
+        while True:
+            with self._changed:
+                if not self._queue.requests or len(self._busy_rows) >= self._instances:
+                    self._show_pending()
+                    return
+                rows = min(self._queue.rows, self._max_batch_rows)
+                now_s = time.monotonic()
+                if self._pace.call_s(rows) > longest_s or (
+                    now_s < self._queue.due_at_s() and not self._closed
+                ):
+                    self._wake_one()
+                    return
+                batch, expired = self._take(now_s)
+            self._run_taken(batch, expired)
 
     def cancel(self, ticket: Ticket) -> None:
         """Forget a request whose caller has left; one that runs already is let run."""
@@ -164,20 +216,20 @@ class Batcher:
             self._put(ticket)
 
     def _put(self, ticket: Ticket) -> None:
-        ready_s = self._ready_in_s(ticket)
-        # What is admitted and then late was run for nobody.
-        if ready_s and time.monotonic() + ready_s * self._pace.margin() > ticket.deadline_s:
-            raise OverloadedError(
-                f"Exceeds maximum queue size for its deadline: {self._queue.rows} rows are "
-                f"waiting, an answer would take about {ready_s * 1000:.0f} ms",
-                retry_after_s=max(MIN_RETRY_S, ready_s),
-            )
+        if ticket.deadline_s != math.inf:
+            ready_s = self._ready_in_s(ticket)
+            # What is admitted and then late was run for nobody.
+            if ready_s and time.monotonic() + ready_s * self._pace.margin() > ticket.deadline_s:
+                raise OverloadedError(
+                    f"Exceeds maximum queue size for its deadline: {self._queue.rows} rows are "
+                    f"waiting, an answer would take about {ready_s * 1000:.0f} ms",
+                    retry_after_s=max(MIN_RETRY_S, ready_s),
+                )
         try:
             self._queue.put(ticket)
         except OverloadedError as error:
-            error.retry_after_s = max(MIN_RETRY_S, ready_s / 2)
+            error.retry_after_s = max(MIN_RETRY_S, self._ready_in_s(ticket) / 2)
             raise
-        self._show_pending()
 
     def _ready_in_s(self, ticket: Ticket) -> float:
         """Return when the ticket would be answered; 0 if it can be run now, whatever it takes."""
@@ -189,45 +241,65 @@ class Batcher:
         )
         return work_s / self._instances + self._pace.call_s(ticket.rows)
 
+    def _wake_one(self) -> None:
+        """Have a thread of our own look at the queue, if an instance is free to run it."""
+        self._show_pending()
+        if len(self._busy_rows) < self._instances:
+            self._changed.notify()
+
     def _show_pending(self) -> None:
-        self._statistics.set(Figure.PENDING_REQUESTS, self._queue.requests)
-        self._statistics.set(Figure.PENDING_ROWS, self._queue.rows)
+        self._statistics.show_pending(self._queue.requests, self._queue.rows)
 
     def _serve(self) -> None:
         """Run batches until the batcher is closed and its queue is empty."""
         while (taken := self._next()) is not None:
-            batch, expired = taken
-            for ticket in expired:
-                self._refuse_expired(ticket)
-            if not batch:
-                continue
-            try:
-                self._answer(batch)
-            finally:
-                with self._changed:
-                    self._busy_rows.remove(sum(ticket.rows for ticket in batch))
+            self._run_taken(*taken)
 
     def _next(self) -> tuple[list[Ticket], list[Ticket]] | None:
         """Wait for the next batch; None once there will be none."""
         with self._changed:
             while True:
-                batch, expired = self._queue.take(time.monotonic(), at_once=self._closed)
-                if batch or expired:
-                    if batch:
-                        self._busy_rows.append(sum(ticket.rows for ticket in batch))
-                    self._show_pending()
-                    return batch, expired
-                if self._closed and not self._queue.requests:
+                free = len(self._busy_rows) < self._instances
+                if free:
+                    batch, expired = self._take(time.monotonic())
+                    if batch or expired:
+                        return batch, expired
+                waits = self._queue.requests > 0
+                if self._closed and not waits and not self._busy_rows:
                     return None
                 due_in_s = self._queue.due_at_s() - time.monotonic()
-                self._changed.wait(due_in_s if self._queue.requests else None)
+                self._changed.wait(due_in_s if waits and free else None)
+
+    def _take(self, now_s: float) -> tuple[list[Ticket], list[Ticket]]:
+        """Take the batch that is due and an instance for it, while the lock is held."""
+        batch, expired = self._queue.take(now_s, at_once=self._closed)
+        if batch:
+            self._busy_rows.append(sum([ticket.rows for ticket in batch]))
+        if batch or expired:
+            self._show_pending()
+        return batch, expired
+
+    def _run_taken(self, batch: list[Ticket], expired: list[Ticket]) -> None:
+        for ticket in expired:
+            self._refuse_expired(ticket)
+        if not batch:
+            return
+        try:
+            self._answer(batch)
+        finally:
+            with self._changed:
+                self._busy_rows.remove(sum([ticket.rows for ticket in batch]))
+                if self._closed:
+                    self._changed.notify_all()
 
     def _answer(self, tickets: Sequence[Ticket]) -> None:
         """Run one batch; where the model fails on it, every request alone, to spare the others."""
         started_s = time.monotonic()
-        arrays = [ticket.content.batch for ticket in tickets]
+        buffer: NDArray[np.generic] | None = None
         try:
-            joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            joined = tickets[0].content.batch
+            if len(tickets) > 1:
+                joined, buffer = self._joined([ticket.content.batch for ticket in tickets])
             joined_s = time.monotonic()
             answers = self._run(joined)
         except Exception as error:  # noqa: BLE001  whatever it is, every caller gets an answer
@@ -238,19 +310,41 @@ class Batcher:
                 self._fail(tickets, error, "BACKEND")
             return
         run_s = time.monotonic()
-        parts = _cut(answers, tickets)
-        rows, cut_s = len(joined), time.monotonic()
-        self._pace.observe(rows, run_s - joined_s)
+        batch = Batch(answers, rows=len(joined), started_s=started_s, infer_s=run_s - joined_s)
+        if buffer is not None and not any(
+            np.may_share_memory(buffer, array) for array in answers.values()
+        ):
+            self._buffers.append(buffer)
+        self._pace.observe(batch.rows, batch.infer_s)
+        cut_s = time.monotonic()
+        # Before the answers are told: who asks for statistics next finds its own request in them.
         self._statistics.executed(
-            Execution(rows, joined_s - started_s, run_s - joined_s, cut_s - run_s),
+            Execution(batch.rows, joined_s - started_s, batch.infer_s, cut_s - run_s),
             [started_s - ticket.arrived_s for ticket in tickets],
             [cut_s - ticket.arrived_s for ticket in tickets],
             time.time_ns() // 1_000_000,
         )
-        for ticket, part in zip(tickets, parts, strict=True):
-            timing = Timing(ticket.rows, rows, started_s - ticket.arrived_s, run_s - joined_s)
-            with _logged():
-                ticket.content.answered(part, timing)
+        start = 0
+        for ticket in tickets:
+            try:
+                ticket.content.answered(batch, start)
+            except Exception:
+                log.exception("an answer could not be handed over")
+            start += ticket.rows
+
+    def _joined(
+        self, arrays: list[NDArray[np.generic]]
+    ) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """Return the rows of all in one array, and the buffer it is part of.
+
+        A new array of this size would be the system's memory, page by page, at every call.
+        """
+        first = arrays[0]
+        buffer = self._buffers.pop() if self._buffers else None
+        if buffer is None or buffer.shape[1:] != first.shape[1:] or buffer.dtype != first.dtype:
+            buffer = np.empty((self._max_batch_rows, *first.shape[1:]), first.dtype)
+        rows = sum([len(array) for array in arrays])
+        return np.concatenate(arrays, out=buffer[:rows]), buffer
 
     def _answer_alone(self, ticket: Ticket) -> None:
         if ticket.expired(time.monotonic()):  # while its batch failed
@@ -270,23 +364,7 @@ class Batcher:
     def _fail(self, tickets: Sequence[Ticket], error: Exception, reason: str) -> None:
         for ticket in tickets:
             self._statistics.failed(reason, time.monotonic() - ticket.arrived_s)
-            with _logged():
+            try:
                 ticket.content.failed(error)
-
-
-def _cut(answers: Answers, tickets: Sequence[Ticket]) -> list[Answers]:
-    parts, start = [], 0
-    for ticket in tickets:
-        stop = start + ticket.rows
-        parts.append({name: array[start:stop] for name, array in answers.items()})
-        start = stop
-    return parts
-
-
-@contextmanager
-def _logged() -> Iterator[None]:
-    """Keep what goes wrong while one answer is handed over from the others."""
-    try:
-        yield
-    except Exception:
-        log.exception("an answer could not be handed over")
+            except Exception:
+                log.exception("a refusal could not be handed over")

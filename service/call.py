@@ -8,11 +8,15 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from service import errors
 
+Request = TypeVar("Request", bound=Message)
 log = logging.getLogger(__name__)
 # A message repeats what the client sent. gRPC's clients refuse trailers over 8 KiB, and would show
 # RESOURCE_EXHAUSTED instead of our status; percent-encoded, a character takes up to 12 bytes.
@@ -30,6 +34,7 @@ class Status(IntEnum):
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
@@ -69,6 +74,25 @@ class CallError(Exception):
         super().__init__(message[: MAX_MESSAGE_CHARACTERS - 1] + "…" if cut else message)
         self.status = status
         self.trailers = trailers
+
+
+def texts(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
+    """Return the metadata that have text values, by their names."""
+    return {key: value for key, value in metadata if isinstance(value, str)}
+
+
+def parsed(call: "Call", parse: Callable[[bytes], Request]) -> Request:
+    """Return the message of a call.
+
+    Raises:
+        CallError: it is none, or not of the kind its RPC takes.
+    """
+    try:
+        return parse(call.content)
+    except DecodeError as error:
+        raise CallError(
+            Status.INVALID_ARGUMENT, f"the request is not a message of {call.path}"
+        ) from error
 
 
 def refusal(path: str, error: Exception) -> CallError:

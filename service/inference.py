@@ -4,25 +4,27 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protos import inference_pb2
-from service import errors, pictures, tensors
+from service import errors, frame, pictures, tensors
 from service.batch_queue import Ticket
-from service.batcher import Answers, Job, Timing
-from service.call import DRAINING, STATUS, Call, refusal
+from service.batcher import Batch, Batcher
+from service.call import DRAINING, STATUS, Call, CallError, parsed, refusal
+from service.forms import Form, Forms
 from service.parameters import Parameters
-from service.repository import Repository, Served
-from service.tensors import Output
+from service.repository import Repository
 
 SWAPS = 8  # versions that may close under one request before it is refused
 DECODERS = 2  # threads for pictures; Pillow lets go of the interpreter's lock
 MAX_DECODING = 64  # requests of pictures that may wait for them
 RETRY_S = 0.1
 MAX_ID_CHARACTERS = 128  # of a request's id in a message, which has to say more
+# Expected seconds of a call of the model that may run on the thread that takes calls off the wire.
+# While all such threads run, nothing new is refused or read; a thread more costs some 0.05 ms.
+SHORT_S = 0.005
 # How statistics count what ends a request before it is queued.
 DECODING_FAILURES: dict[type[Exception], str] = {
     errors.PictureError: "OTHER",
@@ -32,16 +34,34 @@ DECODING_FAILURES: dict[type[Exception], str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Accepted:
-    """A request that fits a version, and what it asks of it."""
+class _Request:
+    """A request that fits a version, and its rows once they are there: the batcher's `Job`."""
 
-    call: Call
-    request: inference_pb2.ModelInferRequest
-    served: Served
-    parameters: Parameters
-    outputs: Sequence[Output]
-    attempt: int
+    __slots__ = ("attempt", "batch", "call", "form")
+
+    def __init__(self, call: Call, form: Form, batch: NDArray[np.generic], attempt: int) -> None:
+        self.call, self.form, self.batch, self.attempt = call, form, batch, attempt
+
+    def answered(self, batch: Batch, start: int) -> None:
+        call, rows = self.call, len(self.batch)
+        try:
+            content = self.form.written(batch, start, rows)
+        except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
+            self.failed(error)
+            return
+        if call.watcher is not None:
+            call.notes.update(
+                model=self.form.served.name,
+                version=self.form.served.number,
+                rows=rows,
+                batch_rows=batch.rows,
+                queue_s=batch.started_s - call.started_s,
+                infer_s=batch.infer_s,
+            )
+        call.answer(content)
+
+    def failed(self, error: Exception) -> None:
+        _refuse(self.call, self.form.request_id, error)
 
 
 class Inference:
@@ -50,16 +70,29 @@ class Inference:
     def __init__(self, repository: Repository, *, max_image_pixels: int) -> None:
         self._repository = repository
         self._max_image_pixels = max_image_pixels
+        self._forms = Forms()
         self._draining = False
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures")
         self._lock = threading.Lock()
         self._decoding = 0
 
-    def begin(self, call: Call, request: inference_pb2.ModelInferRequest) -> None:
+    def begin(self, call: Call) -> None:
         """Check a request and let it wait for its model; returns at once and never raises."""
-        call.notes["request_id"] = request.id
-        call.notes["model"] = request.model_name
-        self._begin(call, request, 0)
+        self._begin(call, None)
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Begin requests that came together, and run what is short of them on this thread.
+
+        Never raises; returns once nothing more can be done here.
+        """
+        fed: set[Batcher] = set()
+        for call in calls:
+            self._begin(call, fed)
+        if fed:
+            own = fed.pop()
+            for other in fed:
+                other.wake()
+            own.work(SHORT_S)
 
     def drain(self) -> None:
         """Refuse requests from now on; what was accepted is answered."""
@@ -73,125 +106,126 @@ class Inference:
         """Let go of the threads."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, call: Call, request: inference_pb2.ModelInferRequest, attempt: int) -> None:
+    def _begin(self, call: Call, fed: set[Batcher] | None) -> None:
+        known = self._forms.find(call.content, self._repository.changes)
+        if known is None or self._draining:
+            self._read(call, fed, 0)
+            return
+        form, rows = known
+        if call.watcher is not None:
+            call.notes["model"] = form.served.name
+        try:
+            self._wait(_Request(call, form, rows, 0), fed)
+        except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
+            _refuse(call, form.request_id, error)
+
+    def _read(self, call: Call, fed: set[Batcher] | None, attempt: int) -> None:
+        """Begin a request of which nothing is known yet."""
+        try:
+            frame.check(call.content)
+            request = parsed(call, inference_pb2.ModelInferRequest.FromString)
+        except (CallError, errors.InvalidRequestError) as error:
+            call.refuse(refusal(call.path, error))
+            return
+        call.notes["request_id"] = request.id
+        call.notes["model"] = request.model_name
         if self._draining and not attempt:  # what was accepted is answered
-            _refuse(call, request, errors.DrainingError(DRAINING))
+            _refuse(call, request.id, errors.DrainingError(DRAINING))
             return
         try:
-            served = self._repository.get(request.model_name, request.model_version)
-            self._accept(call, request, served, attempt)
+            self._accept(call, request, fed, attempt)
         except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
-            _refuse(call, request, error)
+            _refuse(call, request.id, error)
 
     def _accept(
-        self, call: Call, request: inference_pb2.ModelInferRequest, served: Served, attempt: int
+        self,
+        call: Call,
+        request: inference_pb2.ModelInferRequest,
+        fed: set[Batcher] | None,
+        attempt: int,
     ) -> None:
+        changes = self._repository.changes
+        served = self._repository.get(request.model_name, request.model_version)
         manifest, options = served.manifest, served.options
         try:
-            parameters = Parameters.read(request, options, time.monotonic())
+            parameters = Parameters.read(request, options)
             outputs = tensors.requested(request, manifest.outputs)
             batch = tensors.decode(request, manifest.input, options.max_batch_rows)
         except errors.ServiceError:
             served.statistics.failed("OTHER", time.monotonic() - call.started_s)
             raise
-        accepted = _Accepted(call, request, served, parameters, outputs, attempt)
+        form = Form(request.id, served, parameters, outputs)
         if isinstance(batch, list):
-            self._decode_later(accepted, batch)
+            self._decode_later(call, form, batch, attempt)
         else:
-            self._wait(accepted, batch)
+            self._forms.keep(call.content, request, form, batch, changes)
+            self._wait(_Request(call, form, batch, attempt), fed)
 
-    def _decode_later(self, accepted: _Accepted, contents: list[bytes]) -> None:
+    def _decode_later(self, call: Call, form: Form, contents: list[bytes], attempt: int) -> None:
         with self._lock:
             full = self._decoding == MAX_DECODING
             self._decoding += not full
         if full:
-            accepted.served.statistics.failed("REJECTED", 0.0)
+            form.served.statistics.failed("REJECTED", 0.0)
             raise errors.OverloadedError(
                 f"Exceeds maximum queue size: {MAX_DECODING} requests of pictures are already "
                 "waiting; try again later",
                 retry_after_s=RETRY_S,
             )
-        self._decoders.submit(self._decode, accepted, contents)
+        self._decoders.submit(self._decode, call, form, contents, attempt)
 
-    def _decode(self, accepted: _Accepted, contents: list[bytes]) -> None:
-        height, width, channels = accepted.served.manifest.input.shape[1:]
+    def _decode(self, call: Call, form: Form, contents: list[bytes], attempt: int) -> None:
+        height, width, channels = form.served.manifest.input.shape[1:]
         try:
-            _check_wanted(accepted)
+            _check_wanted(call, form)
             batch = pictures.decode_all(contents, (height, width, channels), self._max_image_pixels)
-            self._wait(accepted, batch)
+            self._wait(_Request(call, form, batch, attempt), None)
         except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
             if type(error) in DECODING_FAILURES:
-                accepted.served.statistics.failed(DECODING_FAILURES[type(error)], 0.0)
-            _refuse(accepted.call, accepted.request, error)
+                form.served.statistics.failed(DECODING_FAILURES[type(error)], 0.0)
+            _refuse(call, form.request_id, error)
         finally:
             with self._lock:
                 self._decoding -= 1
 
-    def _wait(self, accepted: _Accepted, batch: NDArray[np.generic]) -> None:
+    def _wait(self, request: _Request, fed: set[Batcher] | None) -> None:
         """Queue a request; where its version has just been replaced, begin again with the next."""
-        call, served = accepted.call, accepted.served
+        call, form, batch = request.call, request.form, request.batch
+        batcher = form.served.batcher
         ticket = Ticket(
             rows=len(batch),
             shape=batch.shape[1:],
             arrived_s=call.started_s,
             deadline_s=call.deadline_s,
-            timeout_s=accepted.parameters.timeout_s,
-            level=accepted.parameters.level,
-            content=Job(
-                batch,
-                lambda answers, timing: _answer(accepted, answers, timing),
-                lambda error: _refuse(call, accepted.request, error),
-            ),
+            timeout_s=call.started_s + form.parameters.wait_s,
+            level=form.parameters.level,
+            content=request,
         )
         try:
-            served.batcher.submit(ticket)
+            batcher.submit(ticket, stay=fed is not None)
         except errors.ModelNotReadyError:
-            if accepted.attempt == SWAPS:
+            if request.attempt == SWAPS:
                 raise
-            self._begin(call, accepted.request, accepted.attempt + 1)
+            self._read(call, fed, request.attempt + 1)
         else:
-            call.on_cancel(lambda: served.batcher.cancel(ticket))
+            if fed is not None:
+                fed.add(batcher)
+            call.on_cancel(lambda: batcher.cancel(ticket))
 
 
-def _check_wanted(accepted: _Accepted) -> None:
+def _check_wanted(call: Call, form: Form) -> None:
     """Refuse to decode pictures whose answer nobody would read."""
     now_s = time.monotonic()
-    if accepted.call.over:
+    if call.over:
         raise errors.CancelledError("the caller cancelled the request")
-    if now_s >= accepted.call.deadline_s:
+    if now_s >= call.deadline_s:
         raise errors.DeadlineError("the deadline passed before the pictures were decoded")
-    if now_s >= accepted.parameters.timeout_s:
+    if now_s >= call.started_s + form.parameters.wait_s:
         raise errors.QueueTimeoutError("Request timeout expired")
 
 
-def _answer(accepted: _Accepted, answers: Answers, timing: Timing) -> None:
-    try:
-        content = _written(accepted, answers, timing)
-    except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
-        _refuse(accepted.call, accepted.request, error)
-    else:
-        accepted.call.answer(content)
-
-
-def _written(accepted: _Accepted, answers: Answers, timing: Timing) -> bytes:
-    served = accepted.served
-    response = inference_pb2.ModelInferResponse(
-        model_name=served.name, model_version=str(served.number), id=accepted.request.id
-    )
-    for output in accepted.outputs:
-        tensors.append_output(response, output, answers[output.name], served.manifest.labels)
-    accepted.call.notes.update(
-        version=served.number,
-        rows=timing.rows,
-        batch_rows=timing.batch_rows,
-        queue_s=timing.queue_s,
-        infer_s=timing.infer_s,
-    )
-    return response.SerializeToString()
-
-
-def _refuse(call: Call, request: inference_pb2.ModelInferRequest, error: Exception) -> None:
+def _refuse(call: Call, request_id: str, error: Exception) -> None:
     if isinstance(error, errors.ServiceError) and type(error) in STATUS:
         # Triton's clients find their request in a message by this prefix.
-        error.args = (f"[request id: {request.id[:MAX_ID_CHARACTERS] or '<id_unknown>'}] {error}",)
+        error.args = (f"[request id: {request_id[:MAX_ID_CHARACTERS] or '<id_unknown>'}] {error}",)
     call.refuse(refusal(call.path, error))

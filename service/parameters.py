@@ -20,18 +20,15 @@ class Parameters:
     """How a request is to be treated in the queue."""
 
     level: int  # of priority, 1 first
-    timeout_s: float  # when its wait is over, on the monotonic clock
+    wait_s: float  # the longest, from its arrival; infinity: as long as its caller waits
 
     @staticmethod
-    def read(
-        request: inference_pb2.ModelInferRequest, options: ModelOptions, now_s: float
-    ) -> "Parameters":
+    def read(request: inference_pb2.ModelInferRequest, options: ModelOptions) -> "Parameters":
         """Read a request's parameters.
 
         Args:
             request: of a client.
             options: how the model is served.
-            now_s: on the monotonic clock.
 
         Raises:
             InvalidRequestError: one has a value or a type that it cannot have.
@@ -44,7 +41,7 @@ class Parameters:
                 )
         if FINAL_RESPONSE in request.parameters:
             _choice(request, FINAL_RESPONSE, ("bool_param",))
-        return Parameters(_level(request, options), now_s + _timeout_s(request, options))
+        return Parameters(_level(request, options), _wait_s(request, options))
 
 
 def _level(request: inference_pb2.ModelInferRequest, options: ModelOptions) -> int:
@@ -60,7 +57,7 @@ def _level(request: inference_pb2.ModelInferRequest, options: ModelOptions) -> i
     return asked if 1 <= asked <= options.priority_levels else options.default_priority
 
 
-def _timeout_s(request: inference_pb2.ModelInferRequest, options: ModelOptions) -> float:
+def _wait_s(request: inference_pb2.ModelInferRequest, options: ModelOptions) -> float:
     """Return the longest wait in the queue: the model's, or a shorter one that is asked for."""
     longest = options.queue_timeout_s or math.inf
     if "timeout" not in request.parameters:

@@ -136,6 +136,9 @@ class Repository:
         self._waits_for_orders = False  # explicit control, before the first load
         self._notes: dict[str, str] = {}
         self._watchers: list[Callable[[], None]] = []
+        # How often it has changed which version answers what. Whoever keeps what `get` returned
+        # reads it first, and knows by it that it may be another by now.
+        self.changes = 0
 
     def watch(self, watcher: Callable[[], None]) -> None:
         """Call back, from any thread, whenever something becomes ready or is no longer."""
@@ -393,6 +396,7 @@ class Repository:
         with self._lock:
             if not model.ready:  # so that no other version answers in the meantime
                 model.aliases = dict(named)
+                self.changes += 1
             model.counts &= bool(found)  # a model that was taken away is missed by nobody
             for number in [n for n, refusal in model.refused.items() if refusal.options is None]:
                 del model.refused[number]
@@ -503,6 +507,7 @@ class Repository:
             before = model.ready.get(number)
             model.ready[number] = Served(version, batcher, figures, seen)
             model.refused.pop(number, None)
+            self.changes += 1
         if before is not None:
             before.batcher.close()
         log.info(
@@ -518,6 +523,7 @@ class Repository:
 
     def _apply_aliases(self, name: str, model: Model, named: dict[str, int]) -> None:
         """Let each alias point where the file says, once what it points at is ready."""
+        were = dict(model.aliases)
         for alias, number in named.items():
             before = model.aliases.get(alias)
             waits = number not in model.ready
@@ -534,6 +540,7 @@ class Repository:
             model.aliases[alias] = number
         for alias in model.aliases.keys() - named.keys():
             del model.aliases[alias]
+        self.changes += model.aliases != were
 
     def _retire(self, name: str, numbers: set[int]) -> None:
         """Take versions out of service; their last answers are waited for in the background."""
@@ -542,6 +549,7 @@ class Repository:
                 model = self._models[name]
                 served = model.ready.pop(number)
                 model.unloading.add(number)
+                self.changes += 1
             served.statistics.set(Figure.READY, 0.0)
             served.batcher.close()
             log.info(

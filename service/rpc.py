@@ -5,18 +5,17 @@ calls off the wire and hands each to `Rpc.begin`; the answer comes back on the c
 from another thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
-from typing import TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from protos import inference_pb2, parity_pb2
-from service import bundle, errors, frame, model_config
-from service.call import Call, CallError, Status, refusal
+from service import bundle, errors, model_config
+from service.call import Call, CallError, Request, Status, parsed, refusal
 from service.inference import Inference
 from service.parity_rpc import get_parity, properties
 from service.repository import Repository
@@ -24,7 +23,6 @@ from service.statistics_rpc import statistics
 
 MAX_ASKED_BYTES = 1 << 20  # of any request but those with tensors
 SLOW_CALLS = 4  # loads, which take turns, and looks at the folder between them
-Request = TypeVar("Request", bound=Message)
 INFERENCE = "inference.GRPCInferenceService"
 PARITY = "train_export.v1.ParityService"
 SERVICES = (INFERENCE, PARITY)
@@ -94,13 +92,25 @@ class Rpc:
     def begin(self, call: Call) -> None:
         """Answer or refuse one call, now or later and from any thread; never raises."""
         if call.path == INFER:
-            self._begin_inference(call)
+            self._inference.begin(call)
         elif call.path in NOT_DONE:
             call.refuse(CallError(Status.UNIMPLEMENTED, NOT_DONE[call.path]))
         elif self._methods[call.path].slow:
             self._slow.submit(self._answer, call)
         else:
             self._answer(call)
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Begin calls that came together, and run what is short of them on this thread.
+
+        As `begin` of each, but that no other thread need wake up to answer them.
+        """
+        asked = [call for call in calls if call.path == INFER]
+        if len(asked) < len(calls):
+            for call in calls:
+                if call.path != INFER:
+                    self.begin(call)
+        self._inference.run(asked)
 
     def show_stopping(self) -> None:
         """Say that neither the server nor a model is ready, for good; requests are answered on."""
@@ -146,16 +156,6 @@ class Rpc:
             **{f"/{INFERENCE}/{name}": method for name, method in inference.items()},
             f"/{PARITY}/GetParity": parity,
         }
-
-    def _begin_inference(self, call: Call) -> None:
-        try:
-            request: inference_pb2.ModelInferRequest = _parsed(
-                call, inference_pb2.ModelInferRequest.FromString
-            )
-        except (CallError, errors.InvalidRequestError) as error:
-            call.refuse(refusal(call.path, error))
-        else:
-            self._inference.begin(call, request)
 
     def _answer(self, call: Call) -> None:
         method = self._methods[call.path]
@@ -295,18 +295,11 @@ def stream_refusal(error: CallError, request_id: str) -> bytes:
 
 
 def _parsed(call: Call, parse: Callable[[bytes], Request]) -> Request:
-    if call.path == INFER:
-        frame.check(call.content)
-    elif len(call.content) > MAX_ASKED_BYTES:
+    if len(call.content) > MAX_ASKED_BYTES:
         raise errors.InvalidRequestError(
             f"the request has {len(call.content)} bytes, expected at most {MAX_ASKED_BYTES}"
         )
-    try:
-        return parse(call.content)
-    except DecodeError as error:
-        raise CallError(
-            Status.INVALID_ARGUMENT, f"the request is not a message of {call.path}"
-        ) from error
+    return parsed(call, parse)
 
 
 def _check_name(name: str) -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service import host, logs, model_config, tracing, trial, version
 from service.access import Access
 from service.call import Call, Status
 from service.errors import RepositoryError
+from service.front import choice
 from service.front.grpcio import GrpcioFront, Transport
 from service.front.http import MetricsServer
 from service.metrics import Metrics
@@ -30,6 +32,9 @@ from service.settings import Settings
 from service.statistics import Store
 from service.version import Version
 from service.watch import looks, when_stdin_ends
+
+if TYPE_CHECKING:
+    from service.front.native import NativeFront
 
 log = logging.getLogger(__name__)
 PACKAGE = "train-export"
@@ -98,9 +103,10 @@ class _Server:
         shared = process.statistics is not None
         store = Store(process.statistics, process.worker)
         self._late = store.is_successors()
+        defaults = model_config.of_server(settings, host.cores())
         self._repository = Repository(
             settings.repository,
-            defaults=model_config.of_server(settings, host.cores()),
+            defaults=defaults,
             load=partial(_load, trial_first=settings.model_control != "none"),
             statistics=store,
         )
@@ -110,20 +116,7 @@ class _Server:
             max_image_pixels=settings.max_image_pixels,
             control=settings.model_control == "explicit",
         )
-        self._front = GrpcioFront(
-            self._rpc,
-            Transport(
-                address=settings.address,
-                max_message_bytes=settings.max_message_mib << 20,
-                max_connection_age_s=settings.max_connection_age_s,
-                shared_port=shared,
-                tls_cert=settings.tls_cert,
-                tls_key=settings.tls_key,
-                tls_client_ca=settings.tls_client_ca,
-            ),
-            access=Access(process.tokens, process.admin_tokens),
-            observe=self._observe,
-        )
+        self._front = self._make_front(process, defaults.instances, shared=shared)
         self._metrics = MetricsServer(
             "" if shared else settings.metrics_address,  # of workers, their parent tells
             Metrics(
@@ -132,6 +125,30 @@ class _Server:
                 version=package_version(PACKAGE),
                 onnxruntime=RUNTIME.rpartition(" ")[2],
             ).text,
+        )
+
+    def _make_front(
+        self, process: Process, threads: int, *, shared: bool
+    ) -> "GrpcioFront | NativeFront":
+        settings = self._settings
+        transport = Transport(
+            address=settings.address,
+            max_message_bytes=settings.max_message_mib << 20,
+            max_connection_age_s=settings.max_connection_age_s,
+            shared_port=shared,
+            tls_cert=settings.tls_cert,
+            tls_key=settings.tls_key,
+            tls_client_ca=settings.tls_client_ca,
+        )
+        access = Access(process.tokens, process.admin_tokens)
+        chosen = choice.choose(settings)
+        log.info("front: %s, because %s", chosen.front, chosen.reason)
+        if chosen.front == "grpcio":
+            return GrpcioFront(self._rpc, transport, access=access, observe=self._observe)
+        from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
+
+        return NativeFront(
+            self._rpc, transport, access=access, observe=self._observe, threads=threads
         )
 
     async def run(self) -> None:

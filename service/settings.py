@@ -26,6 +26,7 @@ LIMITS = {
 CHOICES = {
     "model_control": ("poll", "explicit", "none"),
     "log_format": ("console", "json"),
+    "front": ("auto", "native", "grpcio"),
 }
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 VERSION_POLICY = re.compile(r"all|latest(:[1-9][0-9]{0,3})?|specific:[1-9][0-9]*(,[1-9][0-9]*)*")
@@ -71,6 +72,18 @@ class Settings:
         "127.0.0.1:8001", "Network", "HOST:PORT to listen on; port 0 takes a free one."
     )
     metrics_address: str = _option("", "Network", "HOST:PORT of Prometheus' /metrics; empty: none.")
+    front: str = _option(
+        "auto",
+        "Network",
+        "native: HTTP/2 in Rust, several times as fast, for clients that are trusted; grpcio: for "
+        "any, with TLS; auto: native on a loopback address or behind a proxy, else grpcio.",
+    )
+    behind_proxy: bool = _option(
+        False,
+        "Network",
+        "Clients reach this address only through a proxy that bounds what they send; "
+        "auto then takes the native front.",
+    )
     workers: int = _option(1, "Network", "Processes that share the address, each with its models.")
     max_message_mib: int = _option(
         64,  # gRPC's own 4 MiB stops a batch of 1,400 colour images of 32 x 32 in float32

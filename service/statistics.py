@@ -120,6 +120,12 @@ class Statistics:
         with self._lock:
             self._values[figure] = value
 
+    def show_pending(self, requests: int, rows: int) -> None:
+        """Set how many wait now."""
+        with self._lock:
+            self._values[Figure.PENDING_REQUESTS] = requests
+            self._values[Figure.PENDING_ROWS] = rows
+
     def values(self) -> "Row":
         """Return the row itself; it goes on changing."""
         return self._values

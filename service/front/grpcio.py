@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import pool
 from service.access import Access
-from service.call import DRAINING, Call, CallError, Status, refusal
+from service.call import DRAINING, Call, CallError, Status, refusal, texts
 from service.errors import AddressError, ServiceError, SettingsError
 from service.front.health import Health
 from service.front.http import resolve
@@ -289,7 +289,7 @@ class GrpcioFront:
         call = _AioCall(
             path,
             content,
-            metadata=_texts(context.invocation_metadata()),
+            metadata=texts(context.invocation_metadata() or ()),
             deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
             peer=context.peer(),
         )
@@ -362,7 +362,7 @@ class _Guard(grpc.aio.ServerInterceptor):
     ) -> Handler:
         details = handler_call_details
         try:
-            self._access.check(details.method, _texts(details.invocation_metadata))
+            self._access.check(details.method, texts(details.invocation_metadata or ()))
         except ServiceError as error:
             return _refusing(refusal(details.method, error))
         return await continuation(details)
@@ -467,10 +467,6 @@ def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
 
 async def _abort(context: Context, error: CallError) -> NoReturn:
     await context.abort(CODES[error.status], str(error), error.trailers)
-
-
-def _texts(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    return {key: value for key, value in metadata or () if isinstance(value, str)}
 
 
 def _reflected() -> DescriptorPool:

@@ -123,7 +123,7 @@ class Gate:
 
     def _run(self, run, batch):
         with self._begun:
-            self.batches.append(batch)
+            self.batches.append(batch.copy())
             self._begun.notify_all()
         assert self._opened.wait(60)
         return run(batch)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from protos import bundle_pb2
 from service.batch_queue import BatchQueue, Ticket
-from service.batcher import Answers, Batcher, Job, Timing
+from service.batcher import Answers, Batch, Batcher
 from service.errors import (
     CancelledError,
     DeadlineError,
@@ -42,6 +42,7 @@ class HeldCall:
     """A call of the model that runs until a test lets it go."""
 
     batch: NDArray[np.generic]
+    rows: list[int]
     over: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
@@ -60,7 +61,7 @@ class HeldModel:
         self.opened = False
 
     def __call__(self, batch: NDArray[np.generic]) -> Answers:
-        call = HeldCall(batch)
+        call = HeldCall(batch, batch.ravel().tolist())
         self.made.append(call)
         if self.opened:
             call.end()
@@ -82,37 +83,46 @@ class HeldModel:
 
     def rows(self) -> list[list[int]]:
         """Return the rows of every call so far, each by its number."""
-        return [call.batch.ravel().tolist() for call in self.made]
+        return [call.rows for call in self.made]
 
 
 class Request:
     """A request of rows by their numbers, or of a batch, and what became of it."""
 
-    def __init__(
-        self, *rows: int, batch=None, shape=(1,), answered=None, failed=None, **fields
-    ) -> None:
-        self.outcome: Future[tuple[Answers, Timing]] = Future()
+    def __init__(self, *rows: int, batch=None, shape=(1,), fails: bool = False, **fields) -> None:
+        self.outcome: Future[Batch] = Future()
         if batch is None:
             batch = np.array(rows, np.int64).reshape(-1, *shape)
+        self.batch = batch
+        self.start = 0
+        self._fails = fails
         self.ticket = Ticket(
             rows=len(batch),
             shape=batch.shape[1:],
             **{"arrived_s": time.monotonic(), **fields},
-            content=Job(batch, answered or self._answered, failed or self._failed),
+            content=self,
         )
 
-    def _answered(self, answers: Answers, timing: Timing) -> None:
-        self.outcome.set_result((answers, timing))
+    def answered(self, batch: Batch, start: int) -> None:
+        self.start = start
+        self.outcome.set_result(batch)
+        if self._fails:
+            raise RuntimeError("nobody is there")
 
-    def _failed(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         self.outcome.set_exception(error)
+        if self._fails:
+            raise RuntimeError("nobody is there")
+
+    def answers(self, name: str) -> NDArray[np.generic]:
+        batch = self.outcome.result(WAIT_S)
+        return batch.answers[name][self.start : self.start + len(self.batch)]
 
     def result(self) -> list[int]:
-        answers, _ = self.outcome.result(WAIT_S)
-        return answers["doubled"].ravel().tolist()
+        return self.answers("doubled").ravel().tolist()
 
-    def timing(self) -> Timing:
-        return self.outcome.result(WAIT_S)[1]
+    def part_of(self) -> Batch:
+        return self.outcome.result(WAIT_S)
 
     def error(self) -> BaseException | None:
         return self.outcome.exception(WAIT_S)
@@ -200,7 +210,7 @@ def test_lone_request_runs_at_once(make_batcher, model):
     assert call.batch.tolist() == [[1], [2]]
     call.end()
     assert lone.result() == [2, 4]
-    assert lone.timing().batch_rows == 2
+    assert lone.part_of().rows == 2
 
 
 def test_lone_request_is_not_copied(make_batcher, model):
@@ -223,8 +233,8 @@ def test_what_gathers_while_the_model_is_busy_becomes_one_call(make_batcher, mod
     assert [request.result() for request in gathered] == [[2, 4, 6], [8], [10, 12]]
     assert first.result() == [0]
     assert model.rows() == [[0], [1, 2, 3, 4, 5, 6]]
-    assert {request.timing().batch_rows for request in gathered} == {6}
-    assert [request.timing().rows for request in gathered] == [3, 1, 2]
+    assert {request.part_of().rows for request in gathered} == {6}
+    assert len({id(request.part_of()) for request in gathered}) == 1
 
 
 def test_call_has_no_more_rows_than_the_model_takes(make_batcher, model):
@@ -273,7 +283,7 @@ def test_idle_instance_takes_what_a_full_batch_left_behind(make_batcher, model):
 
     calls = [model.next_call(), model.next_call()]
 
-    assert [call.batch.ravel().tolist() for call in calls] == [[1, 2, 3], [4, 5]]
+    assert [call.rows for call in calls] == [[1, 2, 3], [4, 5]]
 
 
 def test_higher_priority_runs_first(make_batcher, model):
@@ -309,7 +319,7 @@ def test_delay_ends_without_company(make_batcher):
     submit(batcher, lone)
 
     assert lone.result() == [2]
-    assert lone.timing().queue_s >= 0.01
+    assert lone.part_of().started_s - lone.ticket.arrived_s >= 0.01
 
 
 # What never runs ----------------------------------------------------------------------------------
@@ -589,14 +599,11 @@ def test_error_that_nobody_foresaw_is_told_to_the_caller_alone(make_batcher):
 def test_callback_that_fails_neither_stops_the_thread_nor_harms_the_others(
     make_batcher, model, caplog
 ):
-    def fails(*_):
-        raise RuntimeError("nobody is there")
-
     batcher = make_batcher(model)
     busy(batcher, model)
     good, later = Request(3), Request(4)
-    submit(batcher, Request(1, answered=fails), good)
-    submit(batcher, Request(2, failed=fails, deadline_s=PAST))
+    submit(batcher, Request(1, fails=True), good)
+    submit(batcher, Request(2, fails=True, deadline_s=PAST))
 
     model.open()
     assert good.result() == [6]
@@ -728,8 +735,7 @@ def outcome_of(batcher: Batcher, batch, tiny, rng: random.Random) -> str:
     error = request.error()
     if error is not None:
         return type(error).__name__
-    answers, _ = request.outcome.result()
-    np.testing.assert_array_equal(answers["logits"], tiny.logits(batch))
+    np.testing.assert_array_equal(request.answers("logits"), tiny.logits(batch))
     return "answered"
 
 

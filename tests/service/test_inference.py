@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from protos import inference_pb2
-from service.batcher import Timing
+from service.batcher import Batch
 from service.call import Call, CallError, Status
 from service.errors import ModelNotReadyError
 from service.inference import MAX_DECODING, SWAPS, Inference
@@ -60,9 +60,11 @@ def infer_on():
 def begin(asked):
     """Return a function that begins a request and gives its call."""
 
-    def begin(inference, request, **fields):
+    def begin(inference, request, *, watched=False, **fields):
         call = asked(INFER, request.SerializeToString(), **fields)
-        inference.begin(call, request)
+        if watched:
+            call.watcher = lambda *_: None
+        inference.begin(call)
         return call
 
     return begin
@@ -99,6 +101,8 @@ def figure(repository, figure):
 class Serving:
     """A repository that serves one version as long as `before` gives no other."""
 
+    changes = 0
+
     def __init__(self, served, before=()):
         self.served = served
         self.before = list(before)
@@ -117,12 +121,13 @@ class Batcher:
         self.tickets: list[Any] = []
         self.opened = threading.Event()
 
-    def submit(self, ticket):
+    def submit(self, ticket, *, stay=False):
         self.tickets.append(ticket)
         assert self.opened.wait(60)
         rows = len(ticket.content.batch)
-        answers = {name: np.zeros((rows, 3), np.float32) for name in ("probabilities", "logits")}
-        ticket.content.answered(answers, Timing(rows, rows, 0.0, 0.0))
+        zeros: Any = np.zeros((rows, 3), np.float32)
+        answers = dict.fromkeys(("probabilities", "logits"), zeros)
+        ticket.content.answered(Batch(answers, rows=rows, started_s=0.0, infer_s=0.0), 0)
 
     def cancel(self, ticket):
         return None
@@ -261,7 +266,7 @@ def test_pictures_that_waited_longer_than_their_timeout_are_not_decoded(held, be
 class Closed:
     """A batcher whose version has just been replaced."""
 
-    def submit(self, ticket):
+    def submit(self, ticket, *, stay=False):
         raise ModelNotReadyError("Request for unknown model: 'tiny' is not at ready state")
 
 
@@ -359,7 +364,7 @@ def test_request_whose_caller_left_before_it_began_is_not_left_in_the_queue(
     call = asked(INFER, request.SerializeToString())
     call.cancel()
 
-    inference.begin(call, request)
+    inference.begin(call)
     gate.open()
 
     until(inference.is_idle)
@@ -429,8 +434,8 @@ def test_answer_that_cannot_be_written_is_an_internal_error(
     repository, infer_on, begin, infer, tiny
 ):
     class Forgetful(Batcher):
-        def submit(self, ticket):
-            ticket.content.answered({}, Timing(1, 1, 0.0, 0.0))
+        def submit(self, ticket, *, stay=False):
+            ticket.content.answered(Batch({}, rows=1, started_s=0.0, infer_s=0.0), 0)
 
     served = dataclasses.replace(repository.get("tiny", ""), batcher=Forgetful())
 
@@ -443,7 +448,7 @@ def test_answer_that_cannot_be_written_is_an_internal_error(
 def test_call_notes_what_the_access_log_and_traces_say_of_it(
     repository, infer_on, begin, infer, tiny
 ):
-    call: Call = begin(infer_on(repository), infer(tiny.images(3), id="call-7"))
+    call: Call = begin(infer_on(repository), infer(tiny.images(3), id="call-7"), watched=True)
     answer(call)
 
     said = {name: call.notes[name] for name in ("request_id", "model", "version", "rows")}

@@ -1,0 +1,72 @@
+"""Which front serves: the fast one where those who call are trusted, else the one that limits them.
+
+Decides from the settings alone and opens nothing.
+"""
+
+import importlib.util
+import ipaddress
+from dataclasses import dataclass
+
+from service.errors import SettingsError
+from service.front.http import resolve
+from service.settings import Settings
+
+LIBRARY = "pygrpc_native"
+UNIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A front, `native` or `grpcio`, and why it is this one: the end of a sentence."""
+
+    front: str
+    reason: str
+
+
+def choose(settings: Settings) -> Choice:
+    """Return the front for these settings.
+
+    The native front reads a message to its end, and inflates it, before anybody can refuse it. So
+    it is chosen only for clients of this host, or behind a proxy that bounds what it passes on.
+
+    Raises:
+        SettingsError: the native front is asked for and cannot be had.
+        AddressError: the address is none.
+    """
+    missing = _missing(settings)
+    if settings.front == "native":
+        if missing:
+            raise SettingsError(f"front is 'native', but {missing}; choose auto or grpcio")
+        return Choice("native", "it was asked for")
+    if settings.front == "grpcio":
+        return Choice("grpcio", "it was asked for")
+    if missing:
+        return Choice("grpcio", missing)
+    if settings.behind_proxy:
+        return Choice("native", "a proxy bounds what clients send")
+    if is_local(settings.address):
+        return Choice("native", f"only this host reaches {settings.address}")
+    return Choice("grpcio", f"others than this host reach {settings.address}")
+
+
+def is_local(address: str) -> bool:
+    """Tell whether only processes of this host reach an address.
+
+    Raises:
+        AddressError: it is none.
+    """
+    if address.startswith(UNIX):
+        return True
+    _, place = resolve(address, "--address")
+    return ipaddress.ip_address(place[0]).is_loopback
+
+
+def _missing(settings: Settings) -> str:
+    """Return what these settings need that the native front has not."""
+    if settings.tls_cert is not None:
+        return "it has no TLS"
+    if settings.max_connection_age_s:
+        return "it does not limit a connection's age"
+    if importlib.util.find_spec(LIBRARY) is None:
+        return f"{LIBRARY} is not installed"
+    return ""

@@ -1,0 +1,222 @@
+"""Serve `service.rpc` with HTTP/2 outside the interpreter: pygrpc-native's front, in Rust.
+
+Calls come off its queue several at a time. The thread that takes them also runs what they ask of a
+model, so that a request is handed to no other thread and no event loop. Everything that is not a
+unary call of ours goes on to a grpcio front behind it: streams, health, reflection.
+
+What it cannot do and cannot limit, `service.front.choice` knows and docs/serving.md tells.
+"""
+
+import asyncio
+import logging
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from pygrpc_native import EVENT_CALL, NativeGrpcFront
+
+from service.access import Access
+from service.call import Call, CallError, Status, refusal, texts
+from service.errors import AddressError, ServiceError
+from service.front.grpcio import GrpcioFront, Transport
+from service.front.http import resolve
+from service.rpc import Rpc
+
+log = logging.getLogger(__name__)
+MAX_CALLS = 128  # taken at once; more wait for the next thread
+MAX_METADATA_BYTES = 16 << 10  # as gRPC's core
+IO_THREADS = 1  # carries some 50,000 calls a second
+WAIT_MS = 200  # for calls; when the front is closed, only one of the threads that wait is told
+STOP_S = 5.0  # for the threads to finish what they took
+RESERVED = "grpc-"  # trailers that it keeps for itself, though one of them is for servers to set
+UNIX = "unix:"
+
+
+class NativeFront:
+    """A gRPC server on one address. Call its methods from one event loop, in their order."""
+
+    def __init__(
+        self,
+        rpc: Rpc,
+        transport: Transport,
+        *,
+        access: Access,
+        observe: Callable[[Call], None] = lambda _: None,
+        threads: int = 2,
+    ) -> None:
+        """Store the parts; `start` listens.
+
+        Args:
+            rpc: what is answered.
+            transport: where, and how.
+            access: who may call.
+            observe: told of every call before it is begun.
+            threads: that take calls, and run models for as long as `rpc.run` does.
+        """
+        self._rpc = rpc
+        self._transport = transport
+        self._access = access
+        self._observe = observe
+        self._number = threads
+        self._paths = tuple(rpc.paths)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="serve-export-", ignore_cleanup_errors=True
+        )
+        self._socket = Path(self._folder.name) / "grpcio"
+        self._behind = GrpcioFront(
+            rpc,
+            replace(transport, address=f"{UNIX}{self._socket}", shared_port=False),
+            access=access,
+            observe=observe,
+        )
+        self._front: NativeGrpcFront | None = None
+        self._threads: list[threading.Thread] = []
+        self._calls: dict[int, _NativeCall] = {}  # that are not over
+        self._begun = 0
+
+    @property
+    def begun(self) -> int:
+        """Calls so far."""
+        return self._begun + self._behind.begun
+
+    async def start(self) -> str:
+        """Listen and answer, though not yet as healthy.
+
+        Returns:
+            The address with the port that was taken.
+
+        Raises:
+            AddressError: it cannot be listened on.
+        """
+        await self._behind.start()
+        transport = self._transport
+        if not transport.address.startswith(UNIX):
+            resolve(transport.address, "--address")
+        try:
+            self._front = NativeGrpcFront(
+                transport.address,
+                [(path, False) for path in self._paths],
+                io_threads=IO_THREADS,
+                call_details=True,
+                max_metadata_size=MAX_METADATA_BYTES,
+                reuse_port=transport.shared_port,
+            )
+        except (OSError, ValueError) as error:
+            raise AddressError(
+                f"cannot listen on {transport.address}: it is in use, or not an address of this "
+                "machine; choose another with --address HOST:PORT (port 0 takes a free one)"
+            ) from error
+        self._front.set_fallback(str(self._socket))
+        self._front.start()
+        for number in range(self._number):
+            thread = threading.Thread(
+                target=self._take, args=(self._front,), name=f"native-{number}", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+        if transport.address.startswith(UNIX):
+            return transport.address
+        return f"{transport.address.rpartition(':')[0]}:{self._front.bound_port}"
+
+    def show_health(self, *, ready: bool, models: dict[str, bool]) -> None:
+        """Say over grpc.health.v1 who may be sent requests; as the grpcio front's."""
+        self._behind.show_health(ready=ready, models=models)
+
+    def show_stopping(self) -> None:
+        """Say that nobody should send anything new, for good."""
+        self._behind.show_stopping()
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, and let streams in flight finish within `grace_s` seconds."""
+        await self._behind.stop(grace_s)
+        if self._front is not None:
+            self._front.close()
+            self._front = None
+        until_s = time.monotonic() + STOP_S
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, max(0.0, until_s - time.monotonic()))
+        self._folder.cleanup()
+
+    def hold(self) -> None:
+        """Keep new calls of the front behind waiting for `stop`; ours are refused by the Rpc."""
+        self._behind.hold()
+
+    def _take(self, front: NativeGrpcFront) -> None:
+        """Take calls until the front is closed, and answer them."""
+        while (events := front.recv_batch_details(MAX_CALLS, WAIT_MS)) is not None:
+            try:
+                calls = []
+                for kind, number, method, content, _, details in events:
+                    if kind == EVENT_CALL:
+                        assert content is not None and details is not None  # noqa: S101
+                        metadata, peer, left_s = details
+                        call = _NativeCall(
+                            self._paths[method],
+                            content,
+                            metadata=texts(metadata),
+                            deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
+                            peer=peer,
+                        )
+                        call.number, call.front = number, front
+                        call.calls, call.max_bytes = self._calls, self._transport.max_message_bytes
+                        self._calls[number] = call
+                        if self._admits(call):
+                            calls.append(call)
+                    elif (left := self._calls.get(number)) is not None:
+                        left.cancel()
+                self._begun += len(calls)
+                self._rpc.run(calls)
+            except Exception:
+                log.exception("calls were not begun")
+
+    def _admits(self, call: "_NativeCall") -> bool:
+        """Refuse what is too large or may not be asked; tell whether it was not."""
+        size, limit = len(call.content), self._transport.max_message_bytes
+        try:
+            self._access.check(call.path, call.metadata)
+        except ServiceError as error:
+            call.refuse(refusal(call.path, error))
+            return False
+        self._observe(call)
+        if size > limit:
+            call.refuse(_too_large("Received", size, limit))
+            return False
+        return True
+
+
+class _NativeCall(Call):
+    """A call that is answered by its number."""
+
+    number: int
+    front: NativeGrpcFront
+    calls: "dict[int, _NativeCall]"
+    max_bytes: int
+
+    def _send(self, content: bytes) -> None:
+        if len(content) > self.max_bytes:
+            self._send_error(_too_large("Sent", len(content), self.max_bytes))
+            return
+        self.calls.pop(self.number, None)
+        self.front.respond(self.number, content)
+
+    def _send_error(self, error: CallError) -> None:
+        self.calls.pop(self.number, None)
+        trailers = [pair for pair in error.trailers if not pair[0].startswith(RESERVED)]
+        self.front.fail(self.number, error.status, str(error), trailers)
+
+    def _end(self, status: Status) -> bool:
+        ended = super()._end(status)
+        if ended and status is Status.CANCELLED:
+            self.calls.pop(self.number, None)
+        return ended
+
+
+def _too_large(done: str, size: int, limit: int) -> CallError:
+    """Return what gRPC's own servers answer."""
+    return CallError(
+        Status.RESOURCE_EXHAUSTED, f"SERVER: {done} message larger than max ({size} vs. {limit})"
+    )
