@@ -27,6 +27,7 @@ from service.access import Access
 from service.call import Call, CallError
 from service.client import Client
 from service.front.grpcio import GrpcioFront, Transport
+from service.front.native import NativeFront
 from service.model_config import ModelOptions
 from service.repository import Repository
 from service.rpc import INFERENCE, PARITY, Rpc
@@ -217,13 +218,21 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what asks for a front on each of its module's FRONTS."""
+    if "front" in metafunc.fixturenames:
+        fronts = ("native",)
+        metafunc.parametrize("front", fronts, scope="function")
+
+
 @pytest.fixture
-def listen(loop) -> Iterator[Callable[..., str]]:
+def listen(loop, front) -> Iterator[Callable[..., str]]:
     """Return a function that serves an Rpc on a free port and returns its address."""
-    fronts = []
+    fronts: list[Any] = []
+    kind = {"grpcio": GrpcioFront, "native": NativeFront}[front]
 
     def listen(rpc: Rpc, *, ready: bool = True, access: Access | None = None, **transport) -> str:
-        front = GrpcioFront(
+        front = kind(
             rpc,
             Transport(**{"address": "127.0.0.1:0", "max_message_bytes": 64 << 20, **transport}),
             access=access or Access((), ()),
