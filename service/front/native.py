@@ -148,30 +148,31 @@ class NativeFront:
     def _take(self, front: NativeGrpcFront) -> None:
         """Take calls until the front is closed, and answer them."""
         while (events := front.recv_batch_details(MAX_CALLS, WAIT_MS)) is not None:
+            calls: list[Call] = []
             try:
-                calls = []
                 for kind, number, method, content, _, details in events:
                     if kind == EVENT_CALL:
                         assert content is not None and details is not None  # noqa: S101
                         metadata, peer, left_s = details
-                        call = _NativeCall(
+                        one = _NativeCall(
                             self._paths[method],
                             content,
                             metadata=texts(metadata),
                             deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
                             peer=peer,
                         )
-                        call.number, call.front = number, front
-                        call.calls, call.max_bytes = self._calls, self._transport.max_message_bytes
-                        self._calls[number] = call
-                        if self._admits(call):
-                            calls.append(call)
+                        one.number, one.front = number, front
+                        one.calls, one.max_bytes = self._calls, self._transport.max_message_bytes
+                        self._calls[number] = one
+                        if self._admits(one):
+                            calls.append(one)
                     elif (left := self._calls.get(number)) is not None:
                         left.cancel()
                 self._begun += len(calls)
                 self._rpc.run(calls)
-            except Exception:
-                log.exception("calls were not begun")
+            except Exception as error:  # noqa: BLE001  whatever it is, the callers get an answer
+                for call in calls:
+                    call.refuse(refusal(call.path, error))
 
     def _admits(self, call: "_NativeCall") -> bool:
         """Refuse what is too large or may not be asked; tell whether it was not."""

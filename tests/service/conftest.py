@@ -219,17 +219,19 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what asks for a front on each of its module's FRONTS."""
-    if "front" in metafunc.fixturenames:
-        fronts = ("native",)
-        metafunc.parametrize("front", fronts, scope="function")
+    """Run what listens on each of its module's FRONTS, but what only grpcio's does."""
+    if "front_kind" in metafunc.fixturenames:
+        fronts = getattr(metafunc.module, "FRONTS", ("grpcio",))
+        if metafunc.definition.get_closest_marker("only_grpcio"):
+            fronts = ("grpcio",)
+        metafunc.parametrize("front_kind", fronts)
 
 
 @pytest.fixture
-def listen(loop, front) -> Iterator[Callable[..., str]]:
+def listen(loop, front_kind) -> Iterator[Callable[..., str]]:
     """Return a function that serves an Rpc on a free port and returns its address."""
     fronts: list[Any] = []
-    kind = {"grpcio": GrpcioFront, "native": NativeFront}[front]
+    kind = {"grpcio": GrpcioFront, "native": NativeFront}[front_kind]
 
     def listen(rpc: Rpc, *, ready: bool = True, access: Access | None = None, **transport) -> str:
         front = kind(

@@ -24,6 +24,7 @@ LARGE = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length
 DRAINING = "GRPC server is shutting down and has stopped accepting new requests."
 FULL = r"Exceeds maximum queue size: 8 rows are already waiting; try again later"
 WAIT_S = 60
+FRONTS = ("grpcio", "native")
 
 
 def own(**fields):

@@ -39,6 +39,7 @@ ALIVE = inference_pb2.ServerLiveResponse(live=True).SerializeToString()
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 USER, ADMIN = "a-token-of-a-user", "a-token-of-an-admin"
 WAIT_S = 60
+FRONTS = ("grpcio", "native")
 
 
 def infer_response(content):
@@ -64,6 +65,10 @@ class Fake:
             self.calls.append(call)
             self._changed.notify_all()
         self._begin(call)
+
+    def run(self, calls):
+        for call in calls:
+            self.begin(call)
 
     def wait(self, calls=1):
         """Wait until that many calls have come, and return them."""
