@@ -68,10 +68,18 @@ def memory_limit_bytes(root: Path = ROOT) -> int | None:
 
 def memory_bytes(root: Path = ROOT) -> int | None:
     """Return how much memory the machine has, None if it does not tell."""
-    for line in _lines(root / "proc" / "meminfo"):
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) << 10
-    return None
+    return _meminfo("MemTotal:", root)
+
+
+def available_bytes(root: Path = ROOT) -> int | None:
+    """Return how much memory is free for the asking, None if the machine does not tell."""
+    return _meminfo("MemAvailable:", root)
+
+
+def resident_bytes(root: Path = ROOT) -> int:
+    """Return how much memory this process has resident; 0 if the system does not tell."""
+    pages = _numbers(root / "proc" / "self" / "statm", 2)[1]
+    return (pages or 0) * os.sysconf("SC_PAGE_SIZE")
 
 
 def processor(root: Path = ROOT) -> Processor:
@@ -82,6 +90,13 @@ def processor(root: Path = ROOT) -> Processor:
         about.setdefault(key.strip(), value.strip())
     flags = about.get("flags") or about.get("Features", "")  # x86, or ARM
     return Processor(about.get("model name") or platform.machine(), frozenset(flags.split()))
+
+
+def _meminfo(name: str, root: Path) -> int | None:
+    for line in _lines(root / "proc" / "meminfo"):
+        if line.startswith(name):
+            return int(line.split()[1]) << 10
+    return None
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from service import host, logs, model_config, tracing, trial, version
 from service.access import Access
 from service.call import Call, Status
 from service.errors import RepositoryError
-from service.front import choice
+from service.front import choice, guard
 from service.front.grpcio import GrpcioFront, Transport
 from service.front.http import MetricsServer
 from service.metrics import Metrics
@@ -148,7 +148,12 @@ class _Server:
         from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
 
         return NativeFront(
-            self._rpc, transport, access=access, observe=self._observe, threads=threads
+            self._rpc,
+            transport,
+            access=access,
+            observe=self._observe,
+            threads=threads,
+            limit_bytes=guard.limit_bytes(),
         )
 
     async def run(self) -> None:

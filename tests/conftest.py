@@ -23,6 +23,20 @@ WEIGHTS = np.array(ROWS, np.float32)
 BIAS = np.array([127, -127, 0], np.float32)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what needs a server on each of its module's FRONTS, but what only grpcio's does."""
+    fronts = getattr(metafunc.module, "FRONTS", ())
+    if fronts and "front_kind" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("only_grpcio") is not None
+        metafunc.parametrize("front_kind", ("grpcio",) if only else fronts)
+
+
+@pytest.fixture
+def front_kind() -> str:
+    """Give the front that servers have whose module names no FRONTS."""
+    return "grpcio"
+
+
 def tiny_logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Work out the tiny model's logits in numpy: (rows, 2, 2, 1) to (rows, 3)."""
     logits: NDArray[np.float32] = images.reshape(len(images), 4).astype(np.float32) @ WEIGHTS + BIAS

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import onnx
 import tensorflow as tf
@@ -9,6 +10,7 @@ import tf2onnx
 from tf2onnx import tf_loader
 
 from pipeline.errors import ExportError
+from pipeline.export import passes
 from pipeline.export.metadata import Metadata
 
 # 18 writes global average pooling as two slower operators; tf2onnx 1.17 refuses more than 18.
@@ -17,11 +19,21 @@ AXIS = "batch"
 
 
 def write(serve: tf.types.experimental.PolymorphicFunction, path: Path, metadata: Metadata) -> None:
-    """Convert, rename, describe, check.
+    """Convert, improve, describe, check.
 
     Raises:
         ExportError: the graph has other inputs or outputs than the function, or is not valid.
     """
+    model = passes.improve(convert(serve))
+    model.graph.name = "model"
+    for key, text in metadata.texts.items():
+        model.metadata_props.add(key=key, value=text)
+    _check(model)
+    onnx.save(model, path)
+
+
+def convert(serve: tf.types.experimental.PolymorphicFunction) -> onnx.ModelProto:
+    """Return the graph as tf2onnx writes it, but for the name of the batch axis."""
     # tf2onnx tells every step of its optimiser as a warning or less.
     logging.getLogger(tf2onnx.__name__).setLevel(logging.ERROR)
     logging.getLogger(tf_loader.__name__).setLevel(logging.ERROR)
@@ -29,11 +41,7 @@ def write(serve: tf.types.experimental.PolymorphicFunction, path: Path, metadata
         serve, input_signature=serve.input_signature, opset=OPSET
     )
     _name_batch_axis(model)
-    model.graph.name = "model"
-    for key, text in metadata.texts.items():
-        model.metadata_props.add(key=key, value=text)
-    _check(model)
-    onnx.save(model, path)
+    return cast(onnx.ModelProto, model)
 
 
 def _name_batch_axis(model: onnx.ModelProto) -> None:

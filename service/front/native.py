@@ -4,7 +4,8 @@ Calls come off its queue several at a time. The thread that takes them also runs
 model, so that a request is handed to no other thread and no event loop. Everything that is not a
 unary call of ours goes on to a grpcio front behind it: streams, health, reflection.
 
-What it cannot do and cannot limit, `service.front.choice` knows and docs/serving.md tells.
+It hands over whole messages, of any size, and inflates them first. What of that can be bounded is,
+by `service.front.guard`; where it is not to be used, `service.front.choice` knows.
 """
 
 import asyncio
@@ -16,15 +17,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from service.access import Access
-from service.call import Call, CallError, Status, refusal, texts
+from service.call import DRAINING, Call, CallError, Status, refusal, texts
 from service.errors import AddressError, ServiceError
-from service.front.grpcio import GrpcioFront, Transport
+from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
+from service.front.guard import Guard
 from service.front.http import resolve
 from service.rpc import Rpc
+
+if TYPE_CHECKING:
+    from pygrpc_native._native import CallDetails, DetailedEvent
 
 log = logging.getLogger(__name__)
 MAX_CALLS = 128  # taken at once; more wait for the next thread
@@ -32,6 +38,8 @@ MAX_METADATA_BYTES = 16 << 10  # as gRPC's core
 IO_THREADS = 1  # carries some 50,000 calls a second
 WAIT_MS = 200  # for calls; when the front is closed, only one of the threads that wait is told
 STOP_S = 5.0  # for the threads to finish what they took
+LOOK_S = 0.01  # between two looks whether calls in flight are over
+MAX_STREAMS = 256  # calls in flight on one connection; each may hold a message
 RESERVED = "grpc-"  # trailers that it keeps for itself, though one of them is for servers to set
 UNIX = "unix:"
 
@@ -47,6 +55,7 @@ class NativeFront:
         access: Access,
         observe: Callable[[Call], None] = lambda _: None,
         threads: int = 2,
+        limit_bytes: int | None = None,
     ) -> None:
         """Store the parts; `start` listens.
 
@@ -56,6 +65,8 @@ class NativeFront:
             access: who may call.
             observe: told of every call before it is begun.
             threads: that take calls, and run models for as long as `rpc.run` does.
+            limit_bytes: of the process's memory, from which on connections are ended whose messages
+                do not come to an end; None: they never are.
         """
         self._rpc = rpc
         self._transport = transport
@@ -73,9 +84,11 @@ class NativeFront:
             access=access,
             observe=observe,
         )
+        self._guard = None if limit_bytes is None else Guard(limit_bytes)
         self._front: NativeGrpcFront | None = None
         self._threads: list[threading.Thread] = []
         self._calls: dict[int, _NativeCall] = {}  # that are not over
+        self._stopping = False
         self._begun = 0
 
     @property
@@ -102,6 +115,7 @@ class NativeFront:
                 [(path, False) for path in self._paths],
                 io_threads=IO_THREADS,
                 call_details=True,
+                max_concurrent_streams=MAX_STREAMS,
                 max_metadata_size=MAX_METADATA_BYTES,
                 reuse_port=transport.shared_port,
             )
@@ -120,6 +134,8 @@ class NativeFront:
             self._threads.append(thread)
         if transport.address.startswith(UNIX):
             return transport.address
+        if self._guard is not None:
+            self._guard.start(self._front.bound_port)
         return f"{transport.address.rpartition(':')[0]}:{self._front.bound_port}"
 
     def show_health(self, *, ready: bool, models: dict[str, bool]) -> None:
@@ -131,9 +147,16 @@ class NativeFront:
         self._behind.show_stopping()
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, and let streams in flight finish within `grace_s` seconds."""
+        """Take no new calls, and let those in flight finish within `grace_s` seconds."""
+        self._stopping = True
+        until_s = time.monotonic() + grace_s
         await self._behind.stop(grace_s)
+        while self._calls and time.monotonic() < until_s:  # noqa: ASYNC110  threads answer them
+            await asyncio.sleep(LOOK_S)
+        if self._guard is not None:
+            await asyncio.to_thread(self._guard.stop)
         if self._front is not None:
+            await asyncio.sleep(SHUTDOWN_S)  # for the last answers to leave
             self._front.close()
             self._front = None
         until_s = time.monotonic() + STOP_S
@@ -142,37 +165,48 @@ class NativeFront:
         self._folder.cleanup()
 
     def hold(self) -> None:
-        """Keep new calls of the front behind waiting for `stop`; ours are refused by the Rpc."""
+        """Keep new calls of the front behind waiting for `stop`; ours the Rpc refuses."""
         self._behind.hold()
 
     def _take(self, front: NativeGrpcFront) -> None:
         """Take calls until the front is closed, and answer them."""
         while (events := front.recv_batch_details(MAX_CALLS, WAIT_MS)) is not None:
-            calls: list[Call] = []
-            try:
-                for kind, number, method, content, _, details in events:
-                    if kind == EVENT_CALL:
-                        assert content is not None and details is not None  # noqa: S101
-                        metadata, peer, left_s = details
-                        one = _NativeCall(
-                            self._paths[method],
-                            content,
-                            metadata=texts(metadata),
-                            deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
-                            peer=peer,
-                        )
-                        one.number, one.front = number, front
-                        one.calls, one.max_bytes = self._calls, self._transport.max_message_bytes
-                        self._calls[number] = one
-                        if self._admits(one):
-                            calls.append(one)
-                    elif (left := self._calls.get(number)) is not None:
-                        left.cancel()
-                self._begun += len(calls)
-                self._rpc.run(calls)
-            except Exception as error:  # noqa: BLE001  whatever it is, the callers get an answer
-                for call in calls:
-                    call.refuse(refusal(call.path, error))
+            self._begin(front, events)  # by a call of its own, after which nothing of them is kept
+
+    def _begin(self, front: NativeGrpcFront, events: "list[DetailedEvent]") -> None:
+        calls: list[Call] = []
+        try:
+            for kind, number, method, content, _, details in events:
+                if kind == EVENT_CALL:
+                    assert content is not None and details is not None  # noqa: S101
+                    call = self._call(front, number, self._paths[method], content, details)
+                    if self._admits(call):
+                        calls.append(call)
+                elif (left := self._calls.get(number)) is not None:
+                    left.cancel()
+            self._rpc.run(calls)
+        except Exception as error:  # noqa: BLE001  whatever it is, the callers get an answer
+            for begun in calls:
+                begun.refuse(refusal(begun.path, error))
+
+    def _call(
+        self, front: NativeGrpcFront, number: int, path: str, content: bytes, details: "CallDetails"
+    ) -> "_NativeCall":
+        metadata, peer, left_s = details
+        call = _NativeCall(
+            path,
+            content,
+            metadata=texts(metadata),
+            deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
+            peer=peer,
+        )
+        call.number, call.front = number, front
+        call.calls, call.max_bytes = self._calls, self._transport.max_message_bytes
+        self._calls[number] = call
+        self._begun += 1
+        if self._guard is not None:
+            self._guard.handed_over(peer, len(content))
+        return call
 
     def _admits(self, call: "_NativeCall") -> bool:
         """Refuse what is too large or may not be asked; tell whether it was not."""
@@ -185,8 +219,9 @@ class NativeFront:
         self._observe(call)
         if size > limit:
             call.refuse(_too_large("Received", size, limit))
-            return False
-        return True
+        elif self._stopping and call.path != self._rpc.streamed:  # which it refuses itself by now
+            call.refuse(CallError(Status.UNAVAILABLE, DRAINING))
+        return not call.over
 
 
 class _NativeCall(Call):

@@ -43,7 +43,7 @@ class Server:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, make_bundle, tiny) -> Iterator[Callable[..., Server]]:
+def serve(tmp_path: Path, make_bundle, tiny, front_kind) -> Iterator[Callable[..., Server]]:
     """Return a function that starts a server on the tiny model with more options."""
     started: list[subprocess.Popen[str]] = []
     models = make_bundle().parents[1]
@@ -51,7 +51,8 @@ def serve(tmp_path: Path, make_bundle, tiny) -> Iterator[Callable[..., Server]]:
 
     def start(*options: str, **asked: str) -> Server:
         command = [sys.executable, "-m", "service", "serve", "--repository", str(models)]
-        command += ["--address", "127.0.0.1:0", "--server-name", "triton", *options]
+        command += ["--address", "127.0.0.1:0", "--server-name", "triton"]
+        command += ["--front", front_kind, *options]
         with log.open("w") as stderr:
             popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         started.append(popen)

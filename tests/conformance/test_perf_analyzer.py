@@ -8,6 +8,7 @@ import pytest
 
 from protos import inference_pb2, inference_pb2_grpc
 
+FRONTS = ("grpcio", "native")
 pytestmark = pytest.mark.slow
 
 SHORT = ("--request-count", "300")  # and no waiting until its figures are stable

@@ -2,6 +2,7 @@
 
 import pytest
 
+FRONTS = ("grpcio", "native")
 pytestmark = pytest.mark.slow
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+FRONTS = ("grpcio", "native")
 pytestmark = pytest.mark.slow
 
 CONTROL = ("--model-control", "explicit")
@@ -31,6 +32,7 @@ def test_tritonclient_brings_a_token_where_one_is_wanted(serve, ask, token_files
     ask("tokens", serve("--token-file", token_files[0], "--admin-token-file", token_files[1]))
 
 
+@pytest.mark.only_grpcio("no TLS")
 def test_tritonclient_and_server_know_each_other_by_certificates(serve, ask, certificates):
     server = serve(
         *("--tls-cert", str(certificates.server), "--tls-key", str(certificates.key)),

@@ -218,15 +218,6 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what listens on each of its module's FRONTS, but what only grpcio's does."""
-    if "front_kind" in metafunc.fixturenames:
-        fronts = getattr(metafunc.module, "FRONTS", ("grpcio",))
-        if metafunc.definition.get_closest_marker("only_grpcio"):
-            fronts = ("grpcio",)
-        metafunc.parametrize("front_kind", fronts)
-
-
 @pytest.fixture
 def listen(loop, front_kind) -> Iterator[Callable[..., str]]:
     """Return a function that serves an Rpc on a free port and returns its address."""
@@ -272,9 +263,10 @@ class Process:
 
 
 @pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+def start_server(tmp_path: Path, front_kind) -> Iterator[Callable[..., Process]]:
     """Return a function that starts a server process; what is left of it is killed."""
     started: list[Process] = []
+    usual = {"SERVE_EXPORT_FRONT": front_kind}
 
     def start(*options: str, **environment: str) -> Process:
         log = tmp_path / f"server-{len(started)}.log"
@@ -285,7 +277,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., Process]]:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env={**os.environ, **environment},
+                env={**os.environ, **usual, **environment},
             )
         started.append(Process(popen, log))
         return started[-1]

@@ -27,6 +27,7 @@ FREE = ("--address", "127.0.0.1:0")
 SHORT = (*FREE, "--max-batch-rows", "8", "--threads", "1", "--instances", "1")
 QUICK = ("--poll-s", "0.2")
 WAIT_S = 60
+FRONTS = ("grpcio", "native")
 TOKEN = "an-admin-s-token-of-length"
 DRAINING = "GRPC server is shutting down and has stopped accepting new requests."
 

@@ -18,6 +18,7 @@ SWAPS = 100
 CHECKED_SWAPS = 25  # each in a process of its own first, which takes seconds
 CLIENTS = 6
 WAIT_S = 120
+FRONTS = ("grpcio", "native")
 ROWS = 64  # of images that requests are cut from
 
 

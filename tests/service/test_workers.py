@@ -24,6 +24,7 @@ SHORT = ("--max-batch-rows", "8", "--threads", "1", "--instances", "1")
 FREE = ("--address", "127.0.0.1:0")
 TWO = ("--workers", "2")
 WAIT_S = 60
+FRONTS = ("grpcio", "native")
 OWN = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each channel
 DRAINING = "GRPC server is shutting down and has stopped accepting new requests."
 

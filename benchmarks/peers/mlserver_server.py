@@ -1,0 +1,59 @@
+"""conv10 behind MLServer, over gRPC: the Open Inference Protocol with raw contents.
+
+.venv-peers/mlserver/bin/python benchmarks/peers/mlserver_server.py --model MODEL.onnx --port PORT
+"""
+
+import argparse
+import asyncio
+
+import onnxruntime
+from mlserver import MLModel, MLServer, ModelSettings, Settings
+from mlserver.codecs import NumpyCodec
+from mlserver.settings import ModelParameters
+from mlserver.types import InferenceRequest, InferenceResponse
+
+
+class Classifier(MLModel):
+    """The model in the server's own process."""
+
+    async def load(self) -> bool:
+        """Open the model; true says that it is ready."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(self.settings.parameters.uri, options)
+        return True
+
+    async def predict(self, payload: InferenceRequest) -> InferenceResponse:
+        """Return the probabilities of the images of a request, or of several joined by MLServer."""
+        images = self.decode(payload.inputs[0], default_codec=NumpyCodec)
+        [answers] = self._session.run(["probabilities"], {"image": images})
+        output = NumpyCodec.encode_output("probabilities", answers)
+        return InferenceResponse(model_name=self.name, outputs=[output])
+
+
+async def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    arguments = parser.parse_args()
+    settings = Settings(
+        host="127.0.0.1",
+        grpc_port=arguments.port,
+        http_port=0,
+        metrics_endpoint=None,
+        parallel_workers=int(__import__("os").environ.get("W", 0)),
+        debug=False,
+    )
+    model = ModelSettings(
+        name="conv10",
+        implementation=Classifier,
+        parameters=ModelParameters(uri=arguments.model),
+        max_batch_size=int(__import__("os").environ.get("B", 0)),
+        max_batch_time=float(__import__("os").environ.get("T", 0)),
+    )
+    await MLServer(settings).start([model])
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
