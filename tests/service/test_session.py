@@ -184,6 +184,51 @@ def test_warm_up_runs_every_rung_and_says_what_each_took(tiny):
     assert all(took > 0 for took in seconds.values())
 
 
+@pytest.fixture
+def counting():
+    """A model that answers every row with how many rows its call had."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Shape", ["x"], ["shape"]),
+            helper.make_node("Gather", ["shape", "first"], ["rows"]),
+            helper.make_node("Cast", ["rows"], ["count"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["x", "zero"], ["nothing"]),
+            helper.make_node("Add", ["nothing", "count"], ["y"]),
+        ],
+        "counting",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 1])],
+        [
+            helper.make_tensor("first", TensorProto.INT64, [1], [0]),
+            helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return Session(model.SerializeToString(), ALL, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "calls"), [(256, [256]), (257, [256, 1]), (1000, [256, 256, 256, 232])]
+)
+def test_no_call_of_onnxruntime_has_more_rows_than_its_arena_should_grow_to(counting, rows, calls):
+    answers = counting.run(np.zeros((rows, 1), np.float32))["y"]
+
+    assert answers[:, 0].tolist() == [float(call) for call in calls for _ in range(call)]
+
+
+def test_rows_of_a_batch_of_many_calls_are_answered_in_their_order(tiny):
+    images = tiny.images(1000)
+
+    answers = Session(tiny.model(), ALL, threads=1).run(images)
+
+    np.testing.assert_array_equal(answers["logits"], tiny.logits(images))
+    assert answers["probabilities"].shape == (1000, 3)
+
+
+def test_rungs_end_where_a_call_does(counting):
+    assert max(counting.warm_up(100_000, np.zeros(1, np.float32))) == session.MAX_CALL_ROWS == 256
+
+
 def test_warm_up_reports_a_rung_that_fails():
     fixed = Session(one_node("Relu", shape=(4, 2)), ALL, threads=1)
 

@@ -890,9 +890,10 @@ NETWORKS = {
 
 def trained(model):
     """Fresh biases and averages are zeros and ones, which hide mistakes; these are neither."""
+    random = np.random.default_rng(0)
     for weight in model.weights:
         if weight.shape.rank == 1 and "float" in weight.dtype:
-            weight.assign(keras.random.uniform(weight.shape, 0.5, 1.5, seed=len(weight.path)))
+            weight.assign(random.uniform(0.5, 1.5, weight.shape))
     return model
 
 
