@@ -1,7 +1,8 @@
 """The command line `serve-export`: serve a repository, ask a server, read its parity.
 
 Exit status: 0 done, or stopped cleanly; 1 refused, with one sentence that says why; 2 wrong
-options. Only this module prints.
+options. Only this module prints, and `service.tables` for it. What a server does not need is
+imported where it is used: it should start at once.
 """
 
 import asyncio
@@ -14,18 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from google.protobuf import json_format
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from protos import bundle_pb2, parity_pb2
 from service.errors import ServiceError
 from service.settings import ENVIRONMENT_PREFIX, Settings
 
 if TYPE_CHECKING:
     from service.client import Client
     from service.server import Process
+    from service.trial import Trials
 
 app = typer.Typer(
     help="Serve published bundles over gRPC, and ask a server about images and its parity.",
@@ -33,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console()
 ADDRESS = str(Settings.__dataclass_fields__["address"].default)
 Address = Annotated[
     str,
@@ -80,9 +76,10 @@ def serve(**options: Any) -> None:  # noqa: ANN401  typer passes what Settings d
 
             asyncio.run(workers.serve(settings, _announce, os.environ))
         else:
-            from service import server  # noqa: PLC0415  onnxruntime: only for who serves
+            with _trials(settings) as trials:
+                from service import server  # noqa: PLC0415  onnxruntime: only for who serves
 
-            asyncio.run(server.serve(settings, _announce, _process(settings)))
+                asyncio.run(server.serve(settings, _announce, _process(settings, trials)))
     except ServiceError as error:
         fail(error)
 
@@ -90,11 +87,12 @@ def serve(**options: Any) -> None:  # noqa: ANN401  typer passes what Settings d
 def worker(*, index: int, statistics: Path, **options: Any) -> None:  # noqa: ANN401
     """Be one of several servers on an address; started by `serve --workers`."""
     settings = _prepared(options)
-    from service import server  # noqa: PLC0415  onnxruntime: only for who serves
-
-    process = replace(_process(settings), statistics=statistics, worker=index)
     try:
-        asyncio.run(server.serve(settings, _announce, process))
+        with _trials(settings) as trials:
+            from service import server  # noqa: PLC0415  onnxruntime: only for who serves
+
+            process = replace(_process(settings, trials), statistics=statistics, worker=index)
+            asyncio.run(server.serve(settings, _announce, process))
     except ServiceError as error:
         fail(error)
 
@@ -115,12 +113,23 @@ def _prepared(options: dict[str, Any]) -> Settings:
     return settings
 
 
-def _process(settings: Settings) -> "Process":
+def _trials(settings: Settings) -> "Trials":
+    """Start the process that will try the first version: it imports while we do."""
+    from service.trial import Trials  # noqa: PLC0415  only for who serves
+
+    trials = Trials()
+    if settings.model_control == "poll":
+        trials.prepare()
+    return trials
+
+
+def _process(settings: Settings, trials: "Trials") -> "Process":
     from service import access  # noqa: PLC0415  only for who serves
     from service.server import Process  # noqa: PLC0415
 
     try:
         return Process(
+            trials=trials,
             tokens=access.read_tokens(settings.token_file, os.environ.get(TOKEN, "")),
             admin_tokens=access.read_tokens(
                 settings.admin_token_file, os.environ.get(ADMIN_TOKEN, "")
@@ -184,15 +193,9 @@ def doctor(*, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("", no_wrap=True)
-        table.add_column("looked at", no_wrap=True)
-        table.add_column("found", overflow="fold")
-        for finding in findings:
-            mark = "[green]ok[/]" if finding.ok else "[red]mend[/]"
-            advice = f"\n→ {_escaped(finding.advice)}" if finding.advice else ""
-            table.add_row(mark, finding.area, f"{_escaped(finding.found)}{advice}")
-        console.print(table)
+        from service import tables  # noqa: PLC0415  only for who reads
+
+        tables.show_findings(findings)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -275,7 +278,7 @@ def predict(  # noqa: PLR0913  one parameter an option
     """
     import numpy as np  # noqa: PLC0415  none of these to print the help
 
-    from service import pictures  # noqa: PLC0415
+    from service import pictures, tables  # noqa: PLC0415
 
     try:
         with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
@@ -304,17 +307,10 @@ def predict(  # noqa: PLR0913  one parameter an option
             ]
         )
         return
-    table = Table(title=f"{answer.model} version {answer.version}")
-    table.add_column("image", overflow="fold")
-    table.add_column("label", style="bold")
-    table.add_column("probability", justify="right")
-    for path, row in zip(images, rows, strict=True):
-        for place, (label, probability) in enumerate(row[:top]):
-            table.add_row("" if place else str(path), label, f"{probability:.2%}")
-        table.add_section()
-    console.print(table)
+    title = f"{answer.model} version {answer.version}"
+    tables.show_predictions(title, list(zip(images, rows, strict=True)), top=top)
     if not invert and any(pictures.has_light_border(one) for one in pixels):
-        console.print(
+        tables.console.print(
             "A picture has a light border; if the model learnt light things on black, "
             "as Fashion-MNIST's are, add --invert."
         )
@@ -339,6 +335,10 @@ def parity(  # noqa: PLR0913  one parameter an option
 
     Example: serve-export parity --address 127.0.0.1:8001
     """
+    from google.protobuf import json_format  # noqa: PLC0415  none of these to print the help
+
+    from service import tables  # noqa: PLC0415
+
     try:
         with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
             answer = client.parity(model, version)
@@ -348,41 +348,7 @@ def parity(  # noqa: PLR0913  one parameter an option
         print_json(json_format.MessageToDict(answer, preserving_proto_field_name=True))
         return
     for one in answer.versions:
-        console.print(_parity_table(one))
-        console.print(
-            f"self-check on {one.self_check.cpu}, {one.self_check.threads} threads, "
-            f"{one.self_check.checked}, {one.self_check.seconds * 1000:.0f} ms\n"
-        )
-
-
-def _parity_table(one: parity_pb2.VersionParity) -> Table:
-    table = Table(
-        title=_escaped(f"{one.model} version {one.version}: parity with the original"),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("variant", no_wrap=True)
-    for name in ("images", "accuracy", "agreement", "max |Δ|", "allowed", "flips"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    served = [one.served] if one.HasField("served") else []
-    for report in [*one.variants, *served, one.self_check.report]:
-        table.add_row(*_parity_row(report))
-    return table
-
-
-def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
-    return [
-        _escaped(report.variant),
-        str(report.accuracy.rows),
-        f"{report.accuracy.value:.2%}",
-        f"{report.agreement:.2%}",
-        f"{report.logits.max:.2g}",
-        f"{report.budget.max_logit:.2g}",
-        str(report.flips_explained + report.flips_unexplained),
-        "[green]passed[/]" if report.passed else f"[red]failed[/]: {_escaped(report.failure)}",
-    ]
+        tables.show_parity(one)
 
 
 def _client(
@@ -419,16 +385,10 @@ def print_json(value: object) -> None:
 
 def fail(reason: object) -> NoReturn:
     """End with status 1 and one sentence on standard error."""
-    Console(stderr=True, soft_wrap=True).print(
-        f"[red]error:[/] {_escaped(reason)}", highlight=False
-    )
+    from service import tables  # noqa: PLC0415  only for who is refused
+
+    tables.show_refusal(reason)
     raise typer.Exit(1)
-
-
-def _escaped(reason: object) -> str:
-    from rich.markup import escape  # noqa: PLC0415
-
-    return escape(str(reason))
 
 
 if __name__ == "__main__":

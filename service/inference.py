@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos import inference_pb2
-from service import errors, frame, pictures, tensors
+from service import errors, frame, tensors
 from service.batch_queue import Ticket
 from service.batcher import Batch, Batcher
 from service.call import DRAINING, STATUS, Call, CallError, parsed, refusal
@@ -107,17 +107,19 @@ class Inference:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, call: Call, fed: set[Batcher] | None) -> None:
-        known = self._forms.find(call.content, self._repository.changes)
-        if known is None or self._draining:
-            self._read(call, fed, 0)
-            return
-        form, rows = known
-        if call.watcher is not None:
-            call.notes["model"] = form.served.name
+        request_id = ""
         try:
+            known = self._forms.find(call.content, self._repository.changes)
+            if known is None or self._draining:
+                self._read(call, fed, 0)
+                return
+            form, rows = known
+            request_id = form.request_id
+            if call.watcher is not None:
+                call.notes["model"] = form.served.name
             self._wait(_Request(call, form, rows, 0), fed)
         except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
-            _refuse(call, form.request_id, error)
+            _refuse(call, request_id, error)
 
     def _read(self, call: Call, fed: set[Batcher] | None, attempt: int) -> None:
         """Begin a request of which nothing is known yet."""
@@ -175,6 +177,8 @@ class Inference:
         self._decoders.submit(self._decode, call, form, contents, attempt)
 
     def _decode(self, call: Call, form: Form, contents: list[bytes], attempt: int) -> None:
+        from service import pictures  # noqa: PLC0415  Pillow: only for who sends some
+
         height, width, channels = form.served.manifest.input.shape[1:]
         try:
             _check_wanted(call, form)

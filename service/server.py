@@ -16,25 +16,26 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service import host, logs, model_config, tracing, trial, version
+from service import host, logs, model_config, tracing, version
 from service.access import Access
 from service.call import Call, Status
 from service.errors import RepositoryError
 from service.front import choice, guard
 from service.front.grpcio import GrpcioFront, Transport
 from service.front.http import MetricsServer
-from service.metrics import Metrics
 from service.model_config import ModelOptions
 from service.repository import Repository
 from service.rpc import Rpc
 from service.session import RUNTIME
 from service.settings import Settings
 from service.statistics import Store
+from service.trial import Trials
 from service.version import Version
 from service.watch import looks, when_stdin_ends
 
 if TYPE_CHECKING:
     from service.front.native import NativeFront
+    from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 PACKAGE = "train-export"
@@ -57,6 +58,7 @@ class Process:
     Tokens are not among the settings, which are shown and handed on.
     """
 
+    trials: Trials = field(default_factory=Trials)
     tokens: Sequence[str] = field(default=(), repr=False)
     admin_tokens: Sequence[str] = field(default=(), repr=False)
     statistics: Path | None = None  # folder shared with other workers
@@ -104,10 +106,13 @@ class _Server:
         store = Store(process.statistics, process.worker)
         self._late = store.is_successors()
         defaults = model_config.of_server(settings, host.cores())
+        trials = None if settings.model_control == "none" else process.trials
         self._repository = Repository(
             settings.repository,
             defaults=defaults,
-            load=partial(_load, trial_first=settings.model_control != "none"),
+            load=partial(
+                _load, trials=None if settings.model_control == "none" else process.trials
+            ),
             statistics=store,
         )
         self._rpc = Rpc(
@@ -117,15 +122,10 @@ class _Server:
             control=settings.model_control == "explicit",
         )
         self._front = self._make_front(process, defaults.instances, shared=shared)
-        self._metrics = MetricsServer(
-            "" if shared else settings.metrics_address,  # of workers, their parent tells
-            Metrics(
-                store.snapshots,
-                lambda: [os.getpid()],
-                version=package_version(PACKAGE),
-                onnxruntime=RUNTIME.rpartition(" ")[2],
-            ).text,
-        )
+        # Of workers, their parent tells.
+        self._metrics = MetricsServer("" if shared else settings.metrics_address, self._told)
+        self._store = store
+        self._figures: Metrics | None = None
 
     def _make_front(
         self, process: Process, threads: int, *, shared: bool
@@ -158,9 +158,7 @@ class _Server:
 
     async def run(self) -> None:
         """Listen, load, serve, drain and stop."""
-        # What was imported stays; to look through it again and again stops every thread for 0.1 s.
-        gc.collect()
-        gc.freeze()
+        _keep_what_is_imported()
         if self._late:
             await self._load_first()
         address = await self._front.start()
@@ -296,6 +294,19 @@ class _Server:
             self._announce(address)
             self._announce = None
 
+    def _told(self) -> bytes:
+        """Return what Prometheus is told."""
+        if self._figures is None:
+            from service.metrics import Metrics  # noqa: PLC0415  only for who is asked
+
+            self._figures = Metrics(
+                self._store.snapshots,
+                lambda: [os.getpid()],
+                version=package_version(PACKAGE),
+                onnxruntime=RUNTIME.rpartition(" ")[2],
+            )
+        return self._figures.text()
+
     def _observe(self, call: Call) -> None:
         """Have the end of a call logged and traced, where that was asked for."""
         span = self._tracer.start(call.path, call.metadata)
@@ -311,10 +322,16 @@ class _Server:
         call.watcher = watcher
 
 
-def _load(path: Path, options: ModelOptions, *, trial_first: bool) -> Version:
+def _keep_what_is_imported() -> None:
+    """Look through it no more: again and again, that would stop every thread for 0.1 s."""
+    gc.collect()
+    gc.freeze()
+
+
+def _load(path: Path, options: ModelOptions, *, trials: Trials | None) -> Version:
     """Load a version; first in a process that may crash of it, where others could suffer."""
-    if trial_first:
-        trial.run(
+    if trials is not None:
+        trials.run(
             path,
             threads=options.threads,
             max_batch_rows=options.max_batch_rows,

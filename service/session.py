@@ -44,9 +44,9 @@ WIRE = {
     "tensor(double)": "FP64",
 }
 CPU = ("CPUExecutionProvider",)
-# In one call of onnxruntime. Its arena grows with the rows (11 GB for 100,000 small images) and is
-# kept; more rows at once are no faster.
-MAX_CALL_ROWS = 256
+# In one call of onnxruntime. Its arena grows with the rows (11 GB for 100,000 small images), is
+# kept, and leaves the caches: more rows at once are no faster (benchmarks/graph.py).
+MAX_CALL_ROWS = 64
 # What a manifest may set: switches of the arithmetic. Others name files, which onnxruntime would
 # read and write for whoever may write a manifest.
 SWITCHES = frozenset(

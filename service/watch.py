@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import watchfiles
-
 log = logging.getLogger(__name__)
 SETTLE_MS = 200  # events that follow each other faster are one change
 
@@ -25,6 +23,8 @@ def looks(root: Path, poll_s: float, stop: threading.Event) -> Iterator[None]:
         poll_s: longest time between two looks.
         stop: set from another thread.
     """
+    import watchfiles  # noqa: PLC0415  after the first version is loaded, which clients wait for
+
     while not stop.is_set():
         try:
             for _ in watchfiles.watch(
@@ -59,14 +59,13 @@ def when_stdin_ends(callback: Callable[[], object]) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class _Visible(watchfiles.BaseFilter):
-    """Passes over what is hidden below the folder: bundles that are being staged."""
+class _Visible:
+    """A filter for watchfiles: leaves out what is hidden below the folder, as what is staged."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
-        super().__init__()
 
-    def __call__(self, change: watchfiles.Change, path: str) -> bool:
+    def __call__(self, _: object, path: str) -> bool:
         try:
             parts = Path(path).relative_to(self._root).parts
         except ValueError:

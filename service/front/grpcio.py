@@ -9,18 +9,15 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from protos import pool
 from service.access import Access
 from service.call import DRAINING, Call, CallError, Status, refusal, texts
 from service.errors import AddressError, ServiceError, SettingsError
@@ -40,6 +37,7 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 IN_BAND = "triton_grpc_error"  # metadata that asks for real statuses on a stream
 UNIX = "unix:"
 HEALTH = "grpc.health.v1.Health"
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 SERVING = {
     True: health_pb2.HealthCheckResponse.SERVING,
     False: health_pb2.HealthCheckResponse.NOT_SERVING,
@@ -147,7 +145,7 @@ class GrpcioFront:
         for service in SERVICES:
             self._server.add_generic_rpc_handlers((self._handlers(service),))
         self._server.add_generic_rpc_handlers((_health_handlers(self._health),))
-        named = (*SERVICES, HEALTH, reflection.SERVICE_NAME)
+        named = (*SERVICES, HEALTH, REFLECTION)
         self._server.add_generic_rpc_handlers((_reflection_handlers(named, self._closed),))
         self.show_health(ready=False, models={})
         address = self._listen(self._server)
@@ -405,18 +403,18 @@ def _health_handlers(health: Health) -> grpc.GenericRpcHandler:
     )
 
 
-def _reflection_handlers(services: Iterable[str], closed: asyncio.Event) -> grpc.GenericRpcHandler:
-    servicer = reflection.aio.ReflectionServicer(services, pool=_reflected())
-    asked = reflection_pb2.ServerReflectionRequest
-
+def _reflection_handlers(named: tuple[str, ...], closed: asyncio.Event) -> grpc.GenericRpcHandler:
     async def reflect(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        from service.front import reflection  # noqa: PLC0415  only for who asks
+
+        asked = reflection.REQUEST
         before_end = _until(closed, requests)
         parsed = (await _parsed(asked, content, context) async for content in before_end)
-        async for response in servicer.ServerReflectionInfo(parsed, context):
+        async for response in reflection.servicer(named).ServerReflectionInfo(parsed, context):
             yield response.SerializeToString()
 
     return grpc.method_handlers_generic_handler(
-        reflection.SERVICE_NAME,
+        REFLECTION,
         {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(reflect)},
     )
 
@@ -467,13 +465,6 @@ def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
 
 async def _abort(context: Context, error: CallError) -> NoReturn:
     await context.abort(CODES[error.status], str(error), error.trailers)
-
-
-def _reflected() -> DescriptorPool:
-    """Return a pool of everything that is served; the libraries' own are in protobuf's pool."""
-    for module in (health_pb2, reflection_pb2):
-        pool.Default().AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-    return pool.Default()
 
 
 def _read(path: Path) -> bytes:

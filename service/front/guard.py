@@ -79,16 +79,15 @@ class Guard:
 
     def _end_largest(self, port: int, resident: int) -> None:
         """End the connection that holds most; if that is not enough, the next look ends another."""
-        handed = {_parsed(peer): size for peer, size in self._handed.copy().items()}
-        largest: socket.socket | None = None
-        most = LEAST_BYTES
-        for connection, peer in _connections(port):
-            held = _received_bytes(connection) - handed.get(peer, 0)
-            smaller: socket.socket | None = connection
-            if held > most:
-                most, smaller, largest = held, largest, connection
-            if smaller is not None:
-                smaller.close()
+        found = [(one, peer, _received_bytes(one)) for one, peer in _connections(port)]
+        # Now, and not before: what came meanwhile would seem to be held.
+        handed = {_parsed(name): size for name, size in self._handed.copy().items()}
+        held = [received - handed.get(peer, 0) for _, peer, received in found]
+        most = max(held, default=0)
+        largest = found[held.index(most)][0] if most > LEAST_BYTES else None
+        for connection, _, _ in found:
+            if connection is not largest:
+                connection.close()
         if largest is None:
             return
         with largest, suppress(OSError):

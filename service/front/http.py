@@ -16,11 +16,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, TypeAlias
 
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-
 from service.errors import AddressError
 
 log = logging.getLogger(__name__)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
 ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(?P<port>[0-9]{1,5})")
 LARGEST_PORT = 65535
 MAX_CONNECTIONS = 64  # a few Prometheus ask; more are no scrapers
@@ -145,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
             return
         self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)
+        self.send_header("Content-Type", CONTENT_TYPE)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from service import trial
 from service.errors import BundleError
+from service.trial import Trials
 from tests.fuzz import fuzz_model, mutate, signed
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_this_process_outlives_models_that_were_changed(make_bundle):
     for _ in range(6):
         write(fuzz_model.change(seed, rng, lambda part: mutate.some_bytes(part, rng)))
         try:
-            trial.run(
+            Trials().run(
                 bundle,
                 threads=1,
                 max_batch_rows=2,

@@ -161,6 +161,7 @@ def test_forms_of_one_length_and_of_all_lengths_are_bounded(form, infer, tiny):
     contents = [kept(known, infer(images, model_name=name), form(), images) for name in names]
     assert [known.find(content, 0) is not None for content in contents] == [False, *[True] * 4]
 
+    last = b""
     for rows in range(1, MAX_LENGTHS + 20):
         last = kept(known, infer(tiny.images(rows)), form(), tiny.images(rows))
     assert len(known._kept) <= MAX_LENGTHS

@@ -13,15 +13,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from service import trial, version
+from service import candidate, version
 from service.errors import BundleError
+from service.trial import Trials
 
 CPU = ["CPUExecutionProvider"]
 WAIT_S = 60  # for what happens within seconds
 
 
 def attempt(path, *, timeout_s=WAIT_S, providers=CPU):
-    trial.run(path, threads=1, max_batch_rows=8, providers=providers, timeout_s=timeout_s)
+    Trials().run(path, threads=1, max_batch_rows=8, providers=providers, timeout_s=timeout_s)
 
 
 def refusal(path, **options):
@@ -105,7 +106,7 @@ def hanging(make_bundle, tiny):
     thread = threading.Thread(target=lambda: refusals.append(refusal(path)))
     thread.start()
     child = wait_for(lambda: set(children(os.getpid())) - before).pop()
-    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, child) == trial.NICENESS)
+    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, child) == candidate.NICENESS)
 
     def ended():
         thread.join(WAIT_S)
@@ -132,7 +133,7 @@ def test_reason_is_the_one_that_the_server_itself_would_find(make_bundle, tiny):
 
     assert reason.startswith("tiny/1 fails its self-check on this host: ")
     with pytest.raises(BundleError) as caught:
-        version.load(path, trial.options(threads=1, max_batch_rows=8, providers=CPU))
+        version.load(path, candidate.options(threads=1, max_batch_rows=8, providers=CPU))
     assert reason == str(caught.value)
 
 
@@ -192,28 +193,27 @@ def test_process_gives_way_and_sees_no_secrets(monkeypatch, request):
     assert b"CUDA_VISIBLE_DEVICES" in environment
     assert os.getpriority(os.PRIO_PROCESS, child) > os.getpriority(os.PRIO_PROCESS, 0)
     wait_for(lambda: Path(f"/proc/{child}/oom_score_adj").read_text().strip() == "1000")
-    assert Path(f"/proc/{child}/fd/0").readlink() == Path(os.devnull)
+    wait_for(lambda: Path(f"/proc/{child}/fd/0").readlink() == Path(os.devnull))
     assert os.getsid(child) == child
 
 
 def test_process_ends_with_the_one_that_asked(make_bundle, tiny):
     path = make_bundle(model=endless(tiny))
     script = (
-        "import sys; from pathlib import Path; from service import trial\n"
-        "trial.run(Path(sys.argv[1]), threads=1, max_batch_rows=8,"
+        "import sys; from pathlib import Path; from service.trial import Trials\n"
+        "Trials().run(Path(sys.argv[1]), threads=1, max_batch_rows=8,"
         " providers=['CPUExecutionProvider'], timeout_s=600)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(path)]) as parent:
         child = wait_for(lambda: children(parent.pid)).pop()
-        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, child) == trial.NICENESS)
+        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, child) == candidate.NICENESS)
         parent.kill()
 
     wait_for(lambda: not Path(f"/proc/{child}").exists())
 
 
-def test_process_that_was_asked_for_by_nobody_ends_at_once(make_bundle):
-    path = make_bundle()
-    command = [sys.executable, "-m", "service.trial", "1", str(path), "1", "8", CPU[0]]
+def test_process_that_was_asked_for_by_nobody_ends_at_once():
+    command = [sys.executable, "-m", "service.candidate", "1"]
 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
@@ -244,10 +244,80 @@ def test_process_that_fails_by_itself_leaves_its_last_words_in_the_log(make_bund
     rows: Any = "many"
 
     with pytest.raises(BundleError) as caught:
-        trial.run(make_bundle(), threads=1, max_batch_rows=rows, providers=CPU, timeout_s=WAIT_S)
+        Trials().run(make_bundle(), threads=1, max_batch_rows=rows, providers=CPU, timeout_s=WAIT_S)
 
     assert str(caught.value) == (
         "tiny/1 could not be loaded and checked: the process for it ended with status 1; "
         "the server's log has its last words"
     )
-    assert "ValueError" in capfd.readouterr().err
+    assert "TypeError" in capfd.readouterr().err
+
+
+# The process that waits
+
+
+@pytest.fixture
+def trials():
+    trials = Trials()
+    trials.prepare()
+    yield trials
+    trials.close()
+
+
+def waiting(trials):
+    return trials._waiting.pid
+
+
+def run(trials, path):
+    trials.run(path, threads=1, max_batch_rows=8, providers=CPU, timeout_s=WAIT_S)
+
+
+def test_first_trial_is_run_by_the_process_that_waited_and_the_next_by_another(trials, make_bundle):
+    child, path = waiting(trials), make_bundle()
+    before = set(children(os.getpid()))
+
+    run(trials, path)
+
+    assert child in before
+    assert child not in children(os.getpid())
+    run(trials, path)
+    assert set(children(os.getpid())) == before - {child}
+
+
+def test_process_that_waited_refuses_like_any_other(trials, make_bundle):
+    path = make_bundle()
+    (path / "golden.npz").unlink()
+
+    with pytest.raises(BundleError, match=r"golden\.npz is missing"):
+        run(trials, path)
+
+
+def test_process_that_died_while_it_waited_is_no_refusal(trials, make_bundle):
+    os.kill(waiting(trials), signal.SIGKILL)
+    wait_for(lambda: trials._waiting.poll() is not None)
+
+    run(trials, make_bundle())
+
+
+def test_process_that_waits_for_nothing_ends_when_it_is_told_so_or_left(trials):
+    child = waiting(trials)
+
+    trials.close()
+    trials.close()
+
+    assert child not in children(os.getpid())
+    left = Trials()
+    left.prepare()
+    process = left._waiting
+    process.stdin.close()
+    assert process.wait(WAIT_S) == 0
+    left.close()
+
+
+def test_trial_gets_ready_without_what_takes_long_to_import():
+    code = "import sys, service.trial; print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+
+    assert "'service.trial'" in modules
+    for slow in ("numpy", "onnxruntime", "grpc", "google.protobuf"):
+        assert f"'{slow}'" not in modules

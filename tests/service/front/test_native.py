@@ -348,12 +348,15 @@ def test_message_far_beyond_the_limit_is_refused_and_its_memory_given_back(serve
     with grpc.insecure_channel(address, [("grpc.max_send_message_length", -1)]) as channel:
         content = bytes(256 * MIB)
 
-        code, details = refusal(lambda: channel.unary_unary(INFER)(content, timeout=WAIT_S))
+        infer: Any = channel.unary_unary(INFER)
+        live: Any = channel.unary_unary(LIVE)
+
+        code, details = refusal(lambda: infer(content, timeout=WAIT_S))
 
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert details == f"SERVER: Received message larger than max ({256 * MIB} vs. {16 * MIB})"
         until(lambda: resident_mib(process.popen.pid) < before + 64)
-        assert channel.unary_unary(LIVE)(b"") == b"\x08\x01"
+        assert live(b"") == b"\x08\x01"
 
 
 def test_bomb_is_refused_and_its_memory_given_back(server, dial):
