@@ -110,9 +110,7 @@ class _Server:
         self._repository = Repository(
             settings.repository,
             defaults=defaults,
-            load=partial(
-                _load, trials=None if settings.model_control == "none" else process.trials
-            ),
+            load=partial(_load, trials=trials),
             statistics=store,
         )
         self._rpc = Rpc(
