@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from protos import bundle_pb2
 from service import agreement, bundle
-from service.session import Session
+from service.session import Session, Tensor
 
 NAME = "measured"
 OPSET = 17
@@ -37,7 +37,7 @@ class Model:
 
     content: bytes
     input: bundle_pb2.TensorSpec
-    output: bundle_pb2.TensorSpec
+    outputs: tuple[bundle_pb2.TensorSpec, ...]  # parity is measured on the first
     rows: NDArray[np.generic]  # some inputs
 
 
@@ -61,7 +61,14 @@ def small() -> Model:
     image = bundle_pb2.TensorSpec(name="image", datatype="UINT8", shape=(-1, SIDE, SIDE, 1))
     logits = bundle_pb2.TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES))
     rows = rng.integers(0, 256, (GOLDEN_ROWS, SIDE, SIDE, 1), np.uint8)
-    return Model(_onnx(nodes, weights, image, logits), image, logits, rows)
+    return Model(_onnx(nodes, weights, image, logits), image, (logits,), rows)
+
+
+def exported(content: bytes, rows: NDArray[np.generic]) -> Model:
+    """Return a model that was exported to ONNX, with some rows that it takes."""
+    session = Session(content, SESSION, threads=1)
+    (taken,), given = session.inputs, session.outputs
+    return Model(content, _spec(taken), tuple(_spec(one) for one in given), rows)
 
 
 def slow(row_ms: float) -> Model:
@@ -79,7 +86,7 @@ def write(root: Path, model: Model, number: int = 1) -> Path:
     """Write a version of a bundle of this model under a repository's root; return its folder."""
     path = root / NAME / str(number)
     path.mkdir(parents=True)
-    outputs = _session(model).run(model.rows)[model.output.name].astype(np.float32)
+    outputs = _session(model).run(model.rows)[model.outputs[0].name].astype(np.float32)
     (path / bundle.MODEL).write_bytes(model.content)
     np.savez(
         path / bundle.GOLDEN,
@@ -97,7 +104,7 @@ def write(root: Path, model: Model, number: int = 1) -> Path:
         version=number,
         kind=bundle_pb2.KIND_GENERIC,
         input=model.input,
-        outputs=[model.output],
+        outputs=model.outputs,
         session=SESSION,
         served_variant=report.variant,
         parity=[report],
@@ -135,7 +142,7 @@ def _layered(layers: int) -> Model:
     x = bundle_pb2.TensorSpec(name="x", datatype="FP32", shape=(-1, FEATURES))
     y = bundle_pb2.TensorSpec(name="y", datatype="FP32", shape=(-1, 4))
     rows = rng.normal(0, 1, (GOLDEN_ROWS, FEATURES)).astype(np.float32)
-    return Model(_onnx(nodes, weights, x, y), x, y, rows)
+    return Model(_onnx(nodes, weights, x, y), x, (y,), rows)
 
 
 def _row_ms(model: Model) -> float:
@@ -147,6 +154,10 @@ def _row_ms(model: Model) -> float:
         session.run(model.rows[:1])
         seconds.append(time.perf_counter() - started_s)
     return min(seconds) * 1000
+
+
+def _spec(tensor: Tensor) -> bundle_pb2.TensorSpec:
+    return bundle_pb2.TensorSpec(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
 
 
 def _session(model: Model) -> Session:

@@ -14,12 +14,34 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 root = str(Path(__file__).resolve().parents[2])
 os.environ["PYTHONPATH"] = root
 sys.path.insert(0, root)
+for k in ("RAY_SERVE_ENABLE_HA_PROXY",):
+    if e("H"): os.environ[k] = e("H")
 if e("O"):
     os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
     if e("O") == "1":
         os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "0"
+def free_ports(n):
+    import socket
+    ss=[socket.create_server(("127.0.0.1",0)) for _ in range(n)]
+    ps=[s.getsockname()[1] for s in ss]
+    for s in ss: s.close()
+    return ps
+if e("H"):
+    for k,p in zip(("HAPROXY_METRICS_PORT","HAPROXY_STATS_PORT","FALLBACK_PROXY_HTTP_PORT","FALLBACK_PROXY_GRPC_PORT"),free_ports(4)):
+        os.environ["RAY_SERVE_"+k]=str(p)
+    os.environ["RAY_SERVE_HAPROXY_METRICS_ENABLED"]=e("MET","0")
+    folder=tempfile.mkdtemp(prefix="ray-")
+    for k,v in {"CONFIG_FILE_LOC":"haproxy.cfg","SOCKET_PATH":"admin.sock","SERVER_STATE_BASE":"","SERVER_STATE_FILE":"server-state","METRICS_SOCKET_PATH":"metrics.sock"}.items():
+        os.environ["RAY_SERVE_HAPROXY_"+k]=folder+"/haproxy/"+v
 import ray
 from ray import serve
+def stay_here():
+    import re
+    from grpc.aio import _server
+    from ray.serve._private import haproxy
+    listen = _server.Server.add_insecure_port
+    _server.Server.add_insecure_port = lambda self, address: listen(self, address.replace("[::]", "127.0.0.1"))
+    haproxy.HAPROXY_CONFIG_TEMPLATE = re.sub(r"bind \*?:", "bind 127.0.0.1:", haproxy.HAPROXY_CONFIG_TEMPLATE)
 from starlette.requests import Request
 from starlette.responses import Response
 BATCH = e("B") != "0"
@@ -68,7 +90,7 @@ def main() -> None:
     a = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, _node_ip_address="127.0.0.1",
-            object_store_memory=200_000_000)
+            object_store_memory=200_000_000, runtime_env={'worker_process_setup_hook': stay_here})
         grpc = e("G") != "0"
         serve.start(http_options={"host": "127.0.0.1", "port": free_port() if grpc else a.port},
            grpc_options={"port": a.port, "grpc_servicer_functions": ["protos.inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"]} if grpc else None,
