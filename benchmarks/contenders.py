@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -173,7 +174,8 @@ def _ask(contender: Contender, port: int, body: bytes) -> bytes:
     if contender.http2:
         options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
         with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-            content: bytes = channel.unary_unary(contender.path)(body[5:], timeout=30)
+            call: Any = channel.unary_unary(contender.path)
+            content: bytes = call(body[5:], timeout=30)
         return struct.pack(">BI", 0, len(content)) + content
     url = f"http://127.0.0.1:{port}{contender.path}"
     asked = urllib.request.Request(url, body, dict(contender.headers), method="POST")

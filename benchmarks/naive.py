@@ -6,27 +6,25 @@ One model, one method, no batching, no checks; grpcio's own servers, as their do
 them, and a session with the options that suit two cores best.
 """
 
+import argparse
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import grpc
 import numpy as np
 import onnxruntime
-import typer
 
 from protos import inference_pb2, inference_pb2_grpc
 
 THREADS = 10  # as grpcio's examples
 UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
-app = typer.Typer()
 
 
 class Model:
     """An ONNX file, answered from."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -63,29 +61,34 @@ class Aio(inference_pb2_grpc.GRPCInferenceServiceServicer):
         return self.model.infer(request)
 
 
-@app.command("sync")
-def sync(model: Annotated[Path, typer.Option()], port: Annotated[int, typer.Option()]) -> None:
+def serve_sync(model: Model, address: str) -> None:
     """Serve with threads."""
     server = grpc.server(ThreadPoolExecutor(THREADS), options=UNLIMITED)
-    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Sync(Model(model)), server)
-    server.add_insecure_port(f"127.0.0.1:{port}")
+    servicer = Sync(model)  # type: ignore[abstract] # the other methods are unimplemented
+    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    server.add_insecure_port(address)
     server.start()
     server.wait_for_termination()
 
 
-@app.command("aio")
-def aio(model: Annotated[Path, typer.Option()], port: Annotated[int, typer.Option()]) -> None:
+async def serve_aio(model: Model, address: str) -> None:
     """Serve with asyncio."""
-
-    async def serve() -> None:
-        server = grpc.aio.server(options=UNLIMITED)
-        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Aio(Model(model)), server)
-        server.add_insecure_port(f"127.0.0.1:{port}")
-        await server.start()
-        await server.wait_for_termination()
-
-    asyncio.run(serve())
+    server = grpc.aio.server(options=UNLIMITED)
+    servicer = Aio(model)  # type: ignore[abstract] # the other methods are unimplemented
+    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    server.add_insecure_port(address)
+    await server.start()
+    await server.wait_for_termination()
 
 
 if __name__ == "__main__":
-    app()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=("sync", "aio"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--port", required=True)
+    given = parser.parse_args()
+    loaded, place = Model(given.model), f"127.0.0.1:{given.port}"
+    if given.kind == "sync":
+        serve_sync(loaded, place)
+    else:
+        asyncio.run(serve_aio(loaded, place))

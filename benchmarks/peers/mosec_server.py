@@ -1,4 +1,4 @@
-"""conv10 behind mosec, over HTTP: raw uint8 pixels in, raw float32 probabilities out.
+"""The model behind mosec, over HTTP: raw uint8 pixels in, raw float32 probabilities out.
 
 .venv-peers/mosec/bin/python benchmarks/peers/mosec_server.py --model MODEL.onnx --port PORT
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 class Classifier(Worker):
-    """One process with the model; mosec hands it what has arrived since it was last free."""
+    """A process with the model; mosec hands it what has arrived while it was busy."""
 
     resp_mime_type = "application/octet-stream"
 
@@ -23,7 +23,7 @@ class Classifier(Worker):
         self._session = onnxruntime.InferenceSession(os.environ["MODEL"], options)
 
     def deserialize(self, data: bytes) -> NDArray[np.uint8]:
-        """Return the images of one request, which say themselves how many they are."""
+        """Return a request's images; how many there are follows from its length."""
         return np.frombuffer(data, np.uint8).reshape(-1, 28, 28, 1)
 
     def forward(self, data: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
@@ -33,17 +33,19 @@ class Classifier(Worker):
         return [answers[end - len(images) : end] for images, end in zip(data, ends, strict=True)]
 
     def serialize(self, data: NDArray[np.float32]) -> bytes:
-        """Return the probabilities of one request, row-major."""
+        """Return a request's probabilities, row-major."""
         return data.tobytes()
 
 
 def main() -> None:
     """Serve until SIGTERM; `--port` is mosec's own option, which it reads itself."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model", required=True)
     os.environ["MODEL"] = parser.parse_known_args()[0].model
-    os.environ |= {"MOSEC_ADDRESS": "127.0.0.1", "MOSEC_LOG_LEVEL": "warning"}
+    os.environ |= {"MOSEC_ADDRESS": "127.0.0.1", "MOSEC_LOG_LEVEL": "error"}
     server = Server()
+    # A second worker gains nothing on two cores and costs a quarter of the speed of large
+    # requests; 1 ms is the least that mosec lets a batch wait.
     server.append_worker(Classifier, num=1, max_batch_size=64, max_wait_time=1)
     server.run()
 

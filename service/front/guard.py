@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,8 +25,9 @@ LEAST_BYTES = 1 << 20  # a connection that holds less is not worth ending
 MAX_PEERS = 10_000  # counted, before those are forgotten that have no connection any more
 CALL_BYTES = 200  # of a call besides its message, generously: frames and headers
 DESCRIPTORS = Path("/proc/self/fd")
-# Of <linux/tcp.h>'s struct tcp_info: the 64 bits of tcpi_bytes_received, since Linux 4.1.
-RECEIVED = struct.Struct("128xQ")
+# Of <linux/tcp.h>'s struct tcp_info: tcpi_state, and tcpi_bytes_received, since Linux 4.1.
+TCP_INFO = struct.Struct("B127xQ")
+ESTABLISHED = 1  # a connection that was ended is not
 Peer: TypeAlias = tuple[str, int]
 
 
@@ -41,7 +41,7 @@ class Guard:
             limit_bytes: of resident memory, from which on connections are ended.
         """
         self._limit_bytes = limit_bytes
-        self._handed: Counter[str] = Counter()  # bytes, by the transport's name of the peer
+        self._handed: dict[str, int] = {}  # bytes, by the transport's name of the peer
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -58,7 +58,7 @@ class Guard:
 
     def handed_over(self, peer: str, size_bytes: int) -> None:
         """Take note of a call that the front has given away."""
-        self._handed[peer] += size_bytes + CALL_BYTES
+        self._handed[peer] = self._handed.get(peer, 0) + size_bytes + CALL_BYTES
 
     def _watch(self, port: int) -> None:
         while not self._stopping.wait(LOOK_S):
@@ -137,15 +137,16 @@ def _peer(connection: socket.socket, port: int) -> Peer | None:
 
 
 def _received_bytes(connection: socket.socket) -> int:
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED.size)
-    received: int = RECEIVED.unpack(info)[0]
-    return received
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+    state, received = TCP_INFO.unpack(info)
+    return int(received) if state == ESTABLISHED else 0
 
 
 def _parsed(peer: str) -> Peer:
     """Return the address and port of a peer as gRPC writes it: ipv4:ADDRESS:PORT, ipv6:[…]:PORT."""
     place, _, number = peer.partition(":")[2].rpartition(":")
-    return _plain(place.replace("%5B", "[").replace("%5D", "]").strip("[]")), int(number or 0)
+    place = place.replace("%5B", "[").replace("%5D", "]").strip("[]")
+    return _plain(place), int(number) if number.isdecimal() else 0
 
 
 def _plain(place: str) -> str:
