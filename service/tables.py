@@ -1,6 +1,6 @@
 """What the commands print for people: tables, and the sentence of a refusal.
 
-Apart from `service.__main__`, so that a server starts without the library that draws them.
+Apart from `service.commands`, so that a server starts without the library that draws them.
 """
 
 from collections.abc import Sequence

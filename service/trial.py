@@ -8,10 +8,12 @@ nothing less. Imports nothing slow, so that a child may get ready while its pare
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -80,10 +82,9 @@ class Trials:
             try:
                 with suppress(BrokenPipeError):  # it has ended, and its status says how
                     cast("IO[bytes]", child.stdin).write(job + b"\n")
-                    cast("IO[bytes]", child.stdin).close()
-                status = child.wait(timeout_s)
-                sentence = _sentence(child) if status == REFUSED else ""
-            except subprocess.TimeoutExpired as error:
+                sentence = _until_its_end(child, timeout_s)
+                status = child.wait()
+            except TimeoutError as error:
                 raise BundleError(
                     f"{shown} was not loaded and checked within {timeout_s:g} s; "
                     "its model does not come to an end, or this host is too busy"
@@ -91,7 +92,7 @@ class Trials:
             finally:
                 child.kill()
         if status:
-            raise BundleError(sentence or _ended(shown, status))
+            raise BundleError(sentence if status == REFUSED else _ended(shown, status))
 
     def close(self) -> None:
         """End the process that waits."""
@@ -128,11 +129,23 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _sentence(child: subprocess.Popen[bytes]) -> str:
-    """Return what an ended child has said, without waiting for more."""
+def _until_its_end(child: subprocess.Popen[bytes], timeout_s: float) -> str:
+    """Return what a child has said once it has ended, which closes what it says it on.
+
+    Raises:
+        TimeoutError: it did not end in time.
+    """
     said = cast("IO[bytes]", child.stdout)
-    os.set_blocking(said.fileno(), False)
-    return (said.read(MAX_SENTENCE_BYTES) or b"").decode(errors="replace")
+    until_s = time.monotonic() + timeout_s
+    content = b""
+    poll = select.poll()  # not Popen.wait, which looks every 50 ms
+    poll.register(said, select.POLLIN)
+    while poll.poll(max(0.0, until_s - time.monotonic()) * 1000):
+        read = said.read(MAX_SENTENCE_BYTES)
+        if not read:
+            return content[:MAX_SENTENCE_BYTES].decode(errors="replace")
+        content = content[:MAX_SENTENCE_BYTES] + read
+    raise TimeoutError
 
 
 def _ended(shown: str, status: int) -> str:

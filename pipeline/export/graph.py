@@ -170,8 +170,7 @@ def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object
 def _reached(node: onnx.NodeProto) -> Iterator[str]:
     """Yield every tensor that a node's subgraphs read, their own ones too."""
     for item in node.attribute:
-        for graph in (item.g, *item.graphs):
-            yield from (value.name for value in graph.output)
-            for inner in graph.node:
-                yield from inner.input
-                yield from _reached(inner)
+        yield from (value.name for value in item.g.output)
+        for inner in item.g.node:
+            yield from inner.input
+            yield from _reached(inner)

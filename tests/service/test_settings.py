@@ -123,7 +123,7 @@ def test_settings_cannot_be_changed_and_are_named():
 MADE = """
 import sys
 import typer
-from service.__main__ import app
+from service.commands import app
 from service.settings import Settings
 import service.workers
 

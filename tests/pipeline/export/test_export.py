@@ -64,6 +64,13 @@ def test_onnx_is_of_the_opset_and_valid(graph):
     assert {o.domain: o.version for o in graph.opset_import}[""] == 17
 
 
+def test_onnx_scales_transposes_and_computes_shapes_no_more(graph):
+    operators = " ".join(node.op_type for node in graph.graph.node)
+
+    assert operators == "Cast Reshape Conv Relu MaxPool Flatten Gemm Relu Gemm Softmax"
+    assert not graph.graph.value_info
+
+
 def test_onnx_takes_pixels_and_gives_floats(exports):
     session = Session(exports.onnx.read_bytes(), OPTIONS, threads=1)
 

@@ -7,11 +7,14 @@ against the network in float64: the passes may not take them further from it tha
 
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
@@ -24,8 +27,7 @@ from pipeline import export
 from pipeline.export import onnx as onnx_export
 from pipeline.export import passes
 from pipeline.models import ARCHITECTURES
-from protos import bundle_pb2
-from service.session import Session
+from service import session
 
 ROWS = (1, 2, 7, 33, 256)
 LEVELS = ("disable", "all")  # of onnxruntime's own optimisation
@@ -66,8 +68,14 @@ def constant(model, name):
 
 
 def answers(model, images, level):
-    options = bundle_pb2.SessionOptions(graph_optimization=level)
-    return Session(model.SerializeToString(), options, threads=1).run(images)
+    """One call, however many rows: service.session would cut it into several."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = session.OPTIMIZATION[level]
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    model = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    names = [output.name for output in model.get_outputs()]
+    return dict(zip(names, model.run(names, {model.get_inputs()[0].name: images}), strict=True))
 
 
 def images_for(model, rows, highest=255):
@@ -236,6 +244,15 @@ NEAR_SCALES = {
         "scaled = Mul(image, scale) logits = MatMul(kernel, scaled)",
         {"takes": "float[2,2] image", "scale": HALF, "kernel": whole(2, 2)},
     ),
+    "the bias": (
+        "row = Reshape(image, rows) scaled = Mul(row, scale) logits = Gemm(factor, kernel, scaled)",
+        {
+            **DENSE,
+            "takes": "float[3,1,1,1] image",
+            "rows": np.array([3, 1]),
+            "factor": whole(3, 16),
+        },
+    ),
     "the bias too": (
         TO_ROWS + "logits = Gemm(scaled, kernel, scaled)",
         {**DENSE, "kernel": whole(16, 16)},
@@ -341,6 +358,10 @@ NEAR_MOVES = {
     "a constant that a reshape takes apart": (
         "pixels = Cast<to=1>(image) scaled = Mul(pixels, scale) logits = Flatten(scaled)",
         {"takes": COLOUR, "scale": whole(3)},
+    ),
+    "a scalar that adds an axis": (
+        "pixels = Cast<to=1>(image) half = Mul(pixels, scale) logits = Flatten(half)",
+        {"gives": "float[batch,n] logits", "scale": [[[[[HALF]]]]]},
     ),
     "a constant with more axes than the image": (
         "pixels = Cast<to=1>(image) scaled = Mul(pixels, scale) "
@@ -452,6 +473,10 @@ NEAR_FLATTENED = {
     "images of any size": (
         FLAT + "logits = MatMul(row, kernel)",
         {**PLANES, "takes": "uint8[batch,3,h,w] image"},
+    ),
+    "images of any height, rows of one": (
+        FLAT + "logits = MatMul(row, kernel)",
+        {**PLANES, "takes": "uint8[batch,3,h,8] image"},
     ),
     "a shape that is computed": (
         MAPPED + "both = Add(rows, none) row = Reshape(moved, both) logits = MatMul(row, kernel)",
@@ -656,12 +681,17 @@ def test_a_second_time_changes_nothing(written_conv):
     assert list(passes.improve(once).graph.node) == list(once.graph.node)
 
 
-def test_the_model_itself_is_not_changed(written_conv):
-    before = written_conv.SerializeToString()
+def test_the_model_itself_is_not_changed():
+    model = written(
+        TO_ROWS + "logits = MatMul(scaled, kernel)",
+        **{**DENSE, "takes": "uint8[batch,4,4,1] image, float scale"},
+    )
+    before = model.SerializeToString()
 
-    passes.improve(written_conv)
+    passed = passes.improve(model)
 
-    assert written_conv.SerializeToString() == before
+    assert operators(passed) == "Cast Reshape MatMul"
+    assert model.SerializeToString() == before
 
 
 def test_the_same_model_gives_the_same_bytes(written_conv):
@@ -691,7 +721,20 @@ def test_nothing_is_printed_and_nobody_called(written_conv, capfd, monkeypatch):
     passes.improve(written_conv)
 
     assert capfd.readouterr() == ("", "")
-    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.slow
+def test_onnxruntime_is_told_not_to_report_before_onnxslim_loads_it():
+    code = (
+        "import os, sys, pipeline.export.passes;"
+        "print('onnxruntime' in sys.modules, os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ORT_")}
+    command = [sys.executable, "-c", code]
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["True", "1"]
 
 
 @st.composite
@@ -729,7 +772,7 @@ def test_any_small_network_answers_the_same(model, rows):
 
     assert "Transpose Reshape" not in operators(passed)
     assert "MatMul" not in operators(passed)
-    # sums of at most 216 products of 3, 3 and 60 are whole quarters below 2^22
+    # at most 147 products of 3, 27, 3 and 32, in quarters: a whole number below 2^24
     assert_equal_answers(model, passed, rows=[rows], highest=15)
 
 
@@ -939,16 +982,19 @@ def test_keras_network_becomes_few_operators(converted):
 def test_keras_network_answers_as_exactly_as_before(converted, level):
     """Each sum is rounded elsewhere, so a row may be further from float64, but not all of them.
 
-    Of the 19 networks the largest ratio is 1.2 in the mean and 1.5 in the worst row.
+    Of the 19 networks the largest ratio is 1.1 over all rows and 1.8 in the worst; a scale that is
+    wrong by three parts in ten million fails.
     """
     _, forms = converted
-    before = answers(forms.plain, forms.images, level)["logits"] - forms.exact
+    plain = answers(forms.plain, forms.images, level)["logits"]
+    before = np.abs(plain - forms.exact)
 
     for rows in ROWS:
-        after = answers(forms.passed, forms.images[:rows], level)["logits"] - forms.exact[:rows]
-        assert np.abs(after).max() <= 2 * np.abs(before).max() <= 1e-5
-    after = answers(forms.passed, forms.images, level)["logits"] - forms.exact
-    assert np.linalg.norm(after) <= 1.5 * np.linalg.norm(before)
+        passed = answers(forms.passed, forms.images[:rows], level)["logits"]
+        after = np.abs(passed - forms.exact[:rows])
+        assert np.abs(passed - plain[:rows]).max() <= 1e-5
+        assert after.max() <= 3 * before.max()
+        assert rows < max(ROWS) or np.linalg.norm(after) <= 1.5 * np.linalg.norm(before)
 
 
 def test_one_channel_is_never_transposed(converted):

@@ -1,0 +1,86 @@
+"""Become a server: what `serve-export serve` does once its options are read.
+
+The only module besides `service.commands` and `service.tables` that prints: one line, where it
+serves.
+"""
+
+import asyncio
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service import host, logs
+from service.settings import ENVIRONMENT_PREFIX, Settings
+from service.trial import Trials
+
+if TYPE_CHECKING:
+    from service.server import Process
+
+TOKEN = f"{ENVIRONMENT_PREFIX}TOKEN"
+ADMIN_TOKEN = f"{ENVIRONMENT_PREFIX}ADMIN_TOKEN"
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ServiceError: it cannot start.
+    """
+    _prepare(settings)
+    if settings.workers > 1:
+        from service import workers  # noqa: PLC0415  neither gRPC nor onnxruntime
+
+        asyncio.run(workers.serve(settings, _announce, os.environ))
+        return
+    with _trials(settings) as trials:
+        from service import server  # noqa: PLC0415  while the trial's process gets ready
+
+        asyncio.run(server.serve(settings, _announce, _process(settings, trials)))
+
+
+def work(settings: Settings, *, index: int, statistics: Path) -> None:
+    """Be one of several servers on an address, until its keeper ends it.
+
+    Raises:
+        ServiceError: it cannot start.
+    """
+    _prepare(settings)
+    with _trials(settings) as trials:
+        from service import server  # noqa: PLC0415  while the trial's process gets ready
+
+        process = replace(_process(settings, trials), statistics=statistics, worker=index)
+        asyncio.run(server.serve(settings, _announce, process))
+
+
+def _prepare(settings: Settings) -> None:
+    """Set up what a server process needs before it imports the rest."""
+    logs.configure(settings.log_format)
+    host.keep_memory_steady()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of clients' damaged pictures
+    # gRPC's core would repeat in its own words what we say in a sentence.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def _trials(settings: Settings) -> Trials:
+    """Start the process that will try the first version: it imports while we do."""
+    trials = Trials()
+    if settings.model_control == "poll":
+        trials.prepare()
+    return trials
+
+
+def _process(settings: Settings, trials: Trials) -> "Process":
+    from service import access  # noqa: PLC0415  while the trial's process gets ready
+    from service.server import Process  # noqa: PLC0415
+
+    return Process(
+        trials=trials,
+        tokens=access.read_tokens(settings.token_file, os.environ.get(TOKEN, "")),
+        admin_tokens=access.read_tokens(settings.admin_token_file, os.environ.get(ADMIN_TOKEN, "")),
+    )
+
+
+def _announce(address: str) -> None:
+    print(f"serving on {address}", flush=True)  # noqa: T201
