@@ -15,7 +15,7 @@ from pathlib import Path
 
 from service import access, aliases, bundle, host, model_config, tls, tracing
 from service.errors import BundleError, ServiceError
-from service.front.http import resolve
+from service.front.address import resolve
 from service.model_config import ModelOptions
 from service.settings import ENVIRONMENT_PREFIX, PROVIDERS, Settings
 

@@ -4,7 +4,6 @@ The only module besides `service.commands` and `service.tables` that prints: one
 serves.
 """
 
-import asyncio
 import os
 import warnings
 from dataclasses import replace
@@ -30,12 +29,16 @@ def serve(settings: Settings) -> None:
     """
     _prepare(settings)
     if settings.workers > 1:
+        import asyncio  # noqa: PLC0415
+
         from service import workers  # noqa: PLC0415  neither gRPC nor onnxruntime
 
         asyncio.run(workers.serve(settings, _announce, os.environ))
         return
     with _trials(settings) as trials:
-        from service import server  # noqa: PLC0415  while the trial's process gets ready
+        import asyncio  # noqa: PLC0415  while the trial's process gets ready
+
+        from service import server  # noqa: PLC0415
 
         asyncio.run(server.serve(settings, _announce, _process(settings, trials)))
 
@@ -48,7 +51,9 @@ def work(settings: Settings, *, index: int, statistics: Path) -> None:
     """
     _prepare(settings)
     with _trials(settings) as trials:
-        from service import server  # noqa: PLC0415  while the trial's process gets ready
+        import asyncio  # noqa: PLC0415  while the trial's process gets ready
+
+        from service import server  # noqa: PLC0415
 
         process = replace(_process(settings, trials), statistics=statistics, worker=index)
         asyncio.run(server.serve(settings, _announce, process))
@@ -72,14 +77,12 @@ def _trials(settings: Settings) -> Trials:
 
 
 def _process(settings: Settings, trials: Trials) -> "Process":
-    from service import access  # noqa: PLC0415  while the trial's process gets ready
-    from service.server import Process  # noqa: PLC0415
+    from service.access import Access, read_tokens  # noqa: PLC0415
+    from service.server import Process  # noqa: PLC0415  while the trial's process gets ready
 
-    return Process(
-        trials=trials,
-        tokens=access.read_tokens(settings.token_file, os.environ.get(TOKEN, "")),
-        admin_tokens=access.read_tokens(settings.admin_token_file, os.environ.get(ADMIN_TOKEN, "")),
-    )
+    tokens = read_tokens(settings.token_file, os.environ.get(TOKEN, ""))
+    admins = read_tokens(settings.admin_token_file, os.environ.get(ADMIN_TOKEN, ""))
+    return Process(trials=trials, access=Access(tokens, admins))
 
 
 def _announce(address: str) -> None:

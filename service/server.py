@@ -7,26 +7,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service import host, logs, model_config, tracing, version
+from service import host, model_config, version
 from service.access import Access
-from service.call import Call, Status
 from service.errors import RepositoryError
-from service.front import choice, guard
-from service.front.grpcio import GrpcioFront, Transport
-from service.front.http import MetricsServer
+from service.front import choice
 from service.model_config import ModelOptions
 from service.repository import Repository
-from service.rpc import Rpc
-from service.session import RUNTIME
 from service.settings import Settings
 from service.statistics import Store
 from service.trial import Trials
@@ -34,11 +28,9 @@ from service.version import Version
 from service.watch import looks, when_stdin_ends
 
 if TYPE_CHECKING:
-    from service.front.native import NativeFront
-    from service.metrics import Metrics
+    from service.edge import Edge
 
 log = logging.getLogger(__name__)
-PACKAGE = "train-export"
 TRIAL_S = 600.0  # longest time a candidate may take to load and to answer the golden set
 # Looks without a new call, before a server that drains stops listening; many, because on a busy
 # host a single pause may pass before the event loop has seen what came in it.
@@ -47,7 +39,6 @@ MAX_QUIET_S = 1.0  # clients that go on calling are not waited for any longer
 TICK_S = 0.01
 TIDY_S = 15.0
 KEEPER_S = 1.0  # for who watches the folder to notice that it is over
-NS = 1_000_000_000
 KILLED = 128  # and the signal's number: what a shell calls a process that a signal ended
 
 
@@ -55,12 +46,11 @@ KILLED = 128  # and the signal's number: what a shell calls a process that a sig
 class Process:
     """What one process has of its own; with several workers they differ.
 
-    Tokens are not among the settings, which are shown and handed on.
+    Who may call is not among the settings, which are shown and handed on.
     """
 
     trials: Trials = field(default_factory=Trials)
-    tokens: Sequence[str] = field(default=(), repr=False)
-    admin_tokens: Sequence[str] = field(default=(), repr=False)
+    access: Access = field(default_factory=lambda: Access((), ()))
     statistics: Path | None = None  # folder shared with other workers
     worker: int = 0
 
@@ -101,89 +91,83 @@ class _Server:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._over = threading.Event()  # the same, for threads
-        self._tracer = tracing.from_environment(package_version(PACKAGE))
-        shared = process.statistics is not None
+        self._shared = process.statistics is not None
+        self._access = process.access
+        self._chosen = choice.choose(settings)
         store = Store(process.statistics, process.worker)
         self._late = store.is_successors()
-        defaults = model_config.of_server(settings, host.cores())
+        self._defaults = model_config.of_server(settings, host.cores())
+        self._listening = threading.Event()
         trials = None if settings.model_control == "none" else process.trials
         self._repository = Repository(
             settings.repository,
-            defaults=defaults,
-            load=partial(_load, trials=trials),
+            defaults=self._defaults,
+            load=partial(_load, trials=trials, may_load=self._listening),
             statistics=store,
-        )
-        self._rpc = Rpc(
-            self._repository,
-            server_name=settings.server_name,
-            max_image_pixels=settings.max_image_pixels,
-            control=settings.model_control == "explicit",
-        )
-        self._front = self._make_front(process, defaults.instances, shared=shared)
-        # Of workers, their parent tells.
-        self._metrics = MetricsServer("" if shared else settings.metrics_address, self._told)
-        self._store = store
-        self._figures: Metrics | None = None
-
-    def _make_front(
-        self, process: Process, threads: int, *, shared: bool
-    ) -> "GrpcioFront | NativeFront":
-        settings = self._settings
-        transport = Transport(
-            address=settings.address,
-            max_message_bytes=settings.max_message_mib << 20,
-            max_connection_age_s=settings.max_connection_age_s,
-            shared_port=shared,
-            tls_cert=settings.tls_cert,
-            tls_key=settings.tls_key,
-            tls_client_ca=settings.tls_client_ca,
-        )
-        access = Access(process.tokens, process.admin_tokens)
-        chosen = choice.choose(settings)
-        log.info("front: %s, because %s", chosen.front, chosen.reason)
-        if chosen.front == "grpcio":
-            return GrpcioFront(self._rpc, transport, access=access, observe=self._observe)
-        from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
-
-        return NativeFront(
-            self._rpc,
-            transport,
-            access=access,
-            observe=self._observe,
-            threads=threads,
-            limit_bytes=guard.limit_bytes(),
         )
 
     async def run(self) -> None:
         """Listen, load, serve, drain and stop."""
+        keeping: Future[None] = Future()
+        # A daemon, so that a stop need not wait for the version at hand.
+        keeper = threading.Thread(target=self._keep, args=(keeping,), daemon=True)
+        # What is first found is on trial in another process while this one imports the rest.
+        early = self._settings.model_control == "poll" and not self._late
+        if early:
+            keeper.start()
+        self._edge = self._made_edge()
         _keep_what_is_imported()
         if self._late:
+            self._listening.set()
             await self._load_first()
-        address = await self._front.start()
-        keeping: Future[None] = Future()
         try:
-            metrics = self._metrics.start()
-            if metrics:
-                log.info("metrics on http://%s/metrics", metrics)
-            self._repository.watch(lambda: self._show_health(address))
-            # A daemon, so that a stop need not wait for the version at hand.
-            threading.Thread(target=self._keep, args=(keeping,), daemon=True).start()
+            address = await self._listen()
+            if early:
+                self._show(address)  # that everything was refused, perhaps
+            else:
+                keeper.start()
             tidying = asyncio.create_task(self._tidy())
             await self._ended(keeping)
             tidying.cancel()
             await self._drain()
         finally:
-            self._over.set()
-            await self._front.stop(0)
-            self._rpc.close()
-            self._repository.close()
-            self._metrics.stop()
-            self._tracer.stop()
+            await self._stop()
         log.info("stopped")
         await asyncio.wait((asyncio.wrap_future(keeping),), timeout=KEEPER_S)
         if not keeping.done() or self._repository.is_changing():
             logging.shutdown()
             os._exit(0)  # native code that loads a model cannot be told to stop
+
+    async def _listen(self) -> str:
+        """Take the addresses; return the one of gRPC."""
+        address = await self._edge.front.start()
+        metrics = self._edge.metrics.start()
+        if metrics:
+            log.info("metrics on http://%s/metrics", metrics)
+        self._repository.watch(lambda: self._show_health(address))
+        self._listening.set()
+        return address
+
+    async def _stop(self) -> None:
+        """End everything that was started, whether or not it was."""
+        self._over.set()
+        await self._edge.front.stop(0)
+        self._edge.rpc.close()
+        self._repository.close()
+        self._edge.metrics.stop()
+        self._edge.tracer.stop()
+
+    def _made_edge(self) -> "Edge":
+        from service.edge import Edge  # noqa: PLC0415  while the first version is on trial
+
+        return Edge(
+            self._settings,
+            self._repository,
+            self._access,
+            self._chosen,
+            threads=self._defaults.instances,
+            shared=self._shared,
+        )
 
     def stop(self) -> None:
         """Begin to drain."""
@@ -252,32 +236,32 @@ class _Server:
         begun = 0
         while True:
             await asyncio.sleep(TIDY_S)
-            if begun != self._front.begun:
-                begun = self._front.begun
+            if begun != self._edge.front.begun:
+                begun = self._edge.front.begun
                 await asyncio.to_thread(host.give_back_memory)
 
     async def _drain(self) -> None:
         """Say it is over, wait for balancers to notice, answer what was accepted, stop."""
         settings = self._settings
-        self._front.show_stopping()
-        self._rpc.show_stopping()
+        self._edge.front.show_stopping()
+        self._edge.rpc.show_stopping()
         if settings.pre_drain_s:
             log.info("stopping: not ready, calls are refused in %g s", settings.pre_drain_s)
             await asyncio.sleep(settings.pre_drain_s)
-        self._rpc.drain()
+        self._edge.rpc.drain()
         log.info("stopping: no new calls, up to %g s for those in flight", settings.drain_s)
         until_s = time.monotonic() + settings.drain_s
-        while not self._rpc.is_idle() and time.monotonic() < until_s:  # noqa: ASYNC110  threads
+        while not self._edge.rpc.is_idle() and time.monotonic() < until_s:  # noqa: ASYNC110  threads
             await asyncio.sleep(TICK_S)
         # What has reached the host by now gets its refusal, and not a broken connection.
-        self._front.hold()
+        self._edge.front.hold()
         quiet_until_s = min(until_s, time.monotonic() + MAX_QUIET_S)
         quiet = 0
         while quiet < QUIET_TICKS and time.monotonic() < quiet_until_s:
-            begun = self._front.begun
+            begun = self._edge.front.begun
             await asyncio.sleep(TICK_S)
-            quiet = quiet + 1 if begun == self._front.begun else 0
-        await self._front.stop(max(0.0, until_s - time.monotonic()))
+            quiet = quiet + 1 if begun == self._edge.front.begun else 0
+        await self._edge.front.stop(max(0.0, until_s - time.monotonic()))
 
     def _show_health(self, address: str) -> None:
         """Tell the front what is ready; called from any thread."""
@@ -286,38 +270,11 @@ class _Server:
 
     def _show(self, address: str) -> None:
         models = self._repository.answering()
-        self._front.show_health(ready=self._repository.is_ready(), models=models)
+        self._edge.front.show_health(ready=self._repository.is_ready(), models=models)
         open_to_orders = self._settings.model_control == "explicit"
         if self._announce is not None and (any(models.values()) or open_to_orders):
             self._announce(address)
             self._announce = None
-
-    def _told(self) -> bytes:
-        """Return what Prometheus is told."""
-        if self._figures is None:
-            from service.metrics import Metrics  # noqa: PLC0415  only for who is asked
-
-            self._figures = Metrics(
-                self._store.snapshots,
-                lambda: [os.getpid()],
-                version=package_version(PACKAGE),
-                onnxruntime=RUNTIME.rpartition(" ")[2],
-            )
-        return self._figures.text()
-
-    def _observe(self, call: Call) -> None:
-        """Have the end of a call logged and traced, where that was asked for."""
-        span = self._tracer.start(call.path, call.metadata)
-        if not span.recording and not self._settings.access_log:
-            return
-
-        def watcher(call: Call, status: Status) -> None:
-            if span.recording:
-                span.end(status.name, call.notes, _phases(call))
-            if self._settings.access_log:
-                logs.access(_logged(call, status))
-
-        call.watcher = watcher
 
 
 def _keep_what_is_imported() -> None:
@@ -326,8 +283,13 @@ def _keep_what_is_imported() -> None:
     gc.freeze()
 
 
-def _load(path: Path, options: ModelOptions, *, trials: Trials | None) -> Version:
-    """Load a version; first in a process that may crash of it, where others could suffer."""
+def _load(
+    path: Path, options: ModelOptions, *, trials: Trials | None, may_load: threading.Event
+) -> Version:
+    """Load a version; first in a process that may crash of it, where others could suffer.
+
+    Waits until this process listens: one that cannot would end while native code loads.
+    """
     if trials is not None:
         trials.run(
             path,
@@ -336,6 +298,7 @@ def _load(path: Path, options: ModelOptions, *, trials: Trials | None) -> Versio
             providers=options.providers,
             timeout_s=TRIAL_S,
         )
+    may_load.wait()
     return version.load(path, options)
 
 
@@ -357,32 +320,4 @@ def _check_served(root: Path, repository: Repository) -> None:
         raise RepositoryError(f"nothing in {root} can be served: {reasons}")
     raise RepositoryError(
         f"{root} holds no bundle (NAME/VERSION/manifest.json); publish one with: train-export run"
-    )
-
-
-def _phases(call: Call) -> list[tracing.Phase]:
-    """Return when a call waited and when its model ran, counted back from now."""
-    infer_ns = int(float(call.notes.get("infer_s", 0.0)) * NS)
-    queue_ns = int(float(call.notes.get("queue_s", 0.0)) * NS)
-    if not infer_ns:
-        return []
-    now_ns = time.time_ns()
-    run_ns = now_ns - infer_ns
-    return [
-        tracing.Phase("queue", run_ns - queue_ns, run_ns),
-        tracing.Phase("compute", run_ns, now_ns),
-    ]
-
-
-def _logged(call: Call, status: Status) -> logs.Call:
-    notes = call.notes
-    return logs.Call(
-        method=call.path,
-        code=status.name,
-        seconds=time.monotonic() - call.started_s,
-        peer=call.peer,
-        request_id=str(notes.get("request_id", "")),
-        model=str(notes.get("model", "")),
-        version=str(notes.get("version", "")),
-        rows=int(notes.get("rows", 0)),
     )

@@ -21,7 +21,8 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 from service.errors import AddressError, SettingsError, WorkerError
-from service.front.http import MetricsServer, resolve
+from service.front.address import resolve
+from service.front.http import MetricsServer
 from service.metrics import Metrics
 from service.settings import Settings
 from service.statistics import Store

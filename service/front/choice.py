@@ -8,11 +8,10 @@ import ipaddress
 from dataclasses import dataclass
 
 from service.errors import SettingsError
-from service.front.http import resolve
+from service.front.address import UNIX, resolve
 from service.settings import Settings
 
 LIBRARY = "pygrpc_native"
-UNIX = "unix:"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from grpc_health.v1 import health_pb2
 from service.access import Access
 from service.call import DRAINING, Call, CallError, Status, refusal, texts
 from service.errors import AddressError, ServiceError, SettingsError
+from service.front.address import UNIX, resolve
 from service.front.health import Health
-from service.front.http import resolve
 from service.rpc import SERVICES, STREAM, Rpc, stream_answer, stream_refusal
 
 MAX_PENDING_CALLS = 1 << 14  # each may hold its message, though its caller left long ago
@@ -35,7 +35,6 @@ MAX_STREAMED = 64  # requests of one stream that may wait for their answers
 MIN_PING_INTERVAL_MS = 5_000
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 IN_BAND = "triton_grpc_error"  # metadata that asks for real statuses on a stream
-UNIX = "unix:"
 HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 SERVING = {

@@ -5,7 +5,6 @@ What is told is `service.metrics`'s; here is only the wire.
 
 import contextlib
 import logging
-import re
 import socket
 import socketserver
 import sys
@@ -17,11 +16,10 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, TypeAlias
 
 from service.errors import AddressError
+from service.front.address import resolve
 
 log = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
-ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(?P<port>[0-9]{1,5})")
-LARGEST_PORT = 65535
 MAX_CONNECTIONS = 64  # a few Prometheus ask; more are no scrapers
 MAX_CONNECTION_S = 10.0  # as long as Prometheus waits by default
 POLL_S = 0.1  # how often a stop, and clients that are too slow, are looked for
@@ -67,25 +65,6 @@ class MetricsServer:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
-
-
-def resolve(address: str, option: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    """Return the family and the socket's address of `HOST:PORT` to listen on.
-
-    Raises:
-        AddressError: it is none, or its host is not known; `option` is named.
-    """
-    parts = ADDRESS.fullmatch(address)
-    if parts is None or int(parts["port"]) > LARGEST_PORT:
-        raise AddressError(f"{option} is {address!r}, expected HOST:PORT, such as 127.0.0.1:8001")
-    host, port = parts["host"].strip("[]") or None, int(parts["port"])
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a host's name
-        raise AddressError(
-            f"{option} is {address!r}, but its host is not known: {error}; name one of this machine"
-        ) from error
-    return found[0][0], found[0][4]
 
 
 class _Server(socketserver.ThreadingTCPServer):

@@ -24,9 +24,9 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 from service.access import Access
 from service.call import DRAINING, Call, CallError, Status, refusal, texts
 from service.errors import AddressError, ServiceError
+from service.front.address import UNIX, resolve
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
-from service.front.http import resolve
 from service.rpc import Rpc
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ STOP_S = 5.0  # for the threads to finish what they took
 LOOK_S = 0.01  # between two looks whether calls in flight are over
 MAX_STREAMS = 256  # calls in flight on one connection; each may hold a message
 RESERVED = "grpc-"  # trailers that it keeps for itself, though one of them is for servers to set
-UNIX = "unix:"
 
 
 class NativeFront:
