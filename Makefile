@@ -13,11 +13,12 @@ STRANGERS := .venv-conformance/.installed
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 COMPILE := $(LOCK) pyproject.toml
+PEERS := mosec mlserver kserve litserve bentoml ray
 ARGS ?=
 
 .PHONY: help
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 .PHONY: run
 run: $(STAMP) ## train, export, prove parity, publish and serve once: the whole flow (ARGS="--preset smoke")
@@ -39,8 +40,18 @@ conformance: $(STAMP) $(STRANGERS) ## clients nobody here wrote, against the rea
 	$(BIN)/pytest tests/conformance
 
 .PHONY: bench
-bench: $(STAMP) ## what the server adds to the model, in images a second (after make run)
+bench: $(STAMP) ## what serving costs, beside naive servers and the model itself: ten minutes (needs h2load)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(STAMP) ## the same beside mosec, MLServer, KServe, LitServe, BentoML, Ray Serve: half an hour
+	for name in $(PEERS); do benchmarks/peers/setup.sh $$name || exit 1; done
+	$(BIN)/python benchmarks/serving.py --peers $(ARGS)
+
+.PHONY: bench-scaling
+bench-scaling: $(STAMP) ## what instances and workers give, how cost grows with the network; the exported graph
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/graph.py
 
 .PHONY: stress
 stress: $(STAMP) ## what twice the load, and versions that change under load, do to requests
@@ -106,4 +117,4 @@ $(STRANGERS): $(STAMP) tests/conformance/requirements.txt tests/conformance/perf
 
 .PHONY: clean
 clean: ## remove what make made, but neither models/ nor runs/
-	rm -rf .venv .venv-conformance .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-conformance .venv-peers .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

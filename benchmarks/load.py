@@ -7,6 +7,7 @@ as long as the one that was checked before.
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -18,8 +19,6 @@ import numpy as np
 
 GENERATOR = "h2load"
 INSTALL = "install it with: apt-get install nghttp2-client"
-MAX_STREAMS = 100  # of one connection, which some servers allow no more of
-TICKS = os.sysconf("SC_CLK_TCK")
 FINISHED = re.compile(r"finished in [\d.]+\w+, ([\d.]+) req/s")
 COUNTED = re.compile(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout")
 DATA = re.compile(r"traffic: .*, [\d.]+\w* \((\d+)\) data")
@@ -54,6 +53,16 @@ class Outcome:
     p99_ms: float
     server_cpu_ms: float  # of processor time a request, in all processes of the server
     client_cpu_ms: float
+
+
+def check_installed() -> None:
+    """Refuse to go on without the generator.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    if shutil.which(GENERATOR) is None:
+        raise SystemExit(f"error: {GENERATOR} is missing; {INSTALL}")
 
 
 def run(request: Request, load: Load, requests: int, server_pid: int) -> Outcome:

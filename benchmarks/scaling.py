@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from benchmarks import measured, rounds, shown
+from benchmarks import load, measured, rounds, shown
 from benchmarks.contenders import naive, ours, running
 from benchmarks.load import Load
 from benchmarks.rounds import Case, Made, Measured
@@ -42,6 +42,7 @@ def main(
     times: Annotated[int, typer.Option("--rounds", min=3, help="Medians are of these.")] = 5,
 ) -> None:
     """Measure, print and write."""
+    load.check_installed()
     figures: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -56,6 +56,7 @@ def main(
     peers: Annotated[bool, typer.Option("--peers", help="Other systems, each in turn.")] = False,
 ) -> None:
     """Measure, print, draw and write."""
+    load.check_installed()
     with (
         tempfile.TemporaryDirectory() as folder,
         Progress(

@@ -6,6 +6,7 @@ asked for which row is not its business.
 
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ WIRE = {
     "tensor(double)": "FP64",
 }
 CPU = ("CPUExecutionProvider",)
-# In one call of onnxruntime. Its arena grows with the rows (11 GB for 100,000 small images), is
-# kept, and leaves the caches: more rows at once are no faster (benchmarks/graph.py).
+# In one call of onnxruntime on a CPU. Its arena grows with the rows (11 GB for 100,000 small
+# images), is kept, and leaves the caches: more at once are no faster (benchmarks/graph.py).
 MAX_CALL_ROWS = 64
 # What a manifest may set: switches of the arithmetic. Others name files, which onnxruntime would
 # read and write for whoever may write a manifest.
@@ -114,6 +115,8 @@ class Session:
             self.inputs = tuple(_tensor(node) for node in inputs)
             self.outputs = tuple(_tensor(node) for node in outputs)
             self._names = [output.name for output in self.outputs]
+            on_cpu = self.providers[0] == CPU[0]
+            self._call_rows = MAX_CALL_ROWS if on_cpu else sys.maxsize
             self.providers: tuple[str, ...] = tuple(self._session.get_providers())
             self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         except ModelError:
@@ -134,10 +137,10 @@ class Session:
         Raises:
             ModelError: onnxruntime failed, or an output has another number of rows.
         """
-        if len(batch) <= MAX_CALL_ROWS:
+        size = self._call_rows
+        if len(batch) <= size:
             return self._call(batch)
-        starts = range(0, len(batch), MAX_CALL_ROWS)
-        parts = [self._call(batch[start : start + MAX_CALL_ROWS]) for start in starts]
+        parts = [self._call(batch[at : at + size]) for at in range(0, len(batch), size)]
         try:
             return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         except ValueError as error:
@@ -169,7 +172,7 @@ class Session:
             ModelError: a rung fails.
         """
         seconds = {}
-        for rows in rungs(min(max_rows, MAX_CALL_ROWS)):
+        for rows in rungs(min(max_rows, self._call_rows)):
             batch = np.repeat(row[np.newaxis], rows, axis=0)
             self.run(batch)
             started_s = time.perf_counter()
