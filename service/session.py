@@ -115,9 +115,9 @@ class Session:
             self.inputs = tuple(_tensor(node) for node in inputs)
             self.outputs = tuple(_tensor(node) for node in outputs)
             self._names = [output.name for output in self.outputs]
+            self.providers: tuple[str, ...] = tuple(self._session.get_providers())
             on_cpu = self.providers[0] == CPU[0]
             self._call_rows = MAX_CALL_ROWS if on_cpu else sys.maxsize
-            self.providers: tuple[str, ...] = tuple(self._session.get_providers())
             self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         except ModelError:
             raise

@@ -79,12 +79,11 @@ class Graph:
         return None if tensor in self._moved else self._shapes.get(tensor)
 
     def give(self, node: onnx.NodeProto, index: int, value: NDArray[np.float32]) -> None:
-        """Give a node a constant of its own; others that read the old one keep it."""
-        old = node.input[index]
-        names = (f"{old}_{number}" for number in itertools.count(1))
-        name = next(name for name in names if not self._is_taken(name))
-        self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
-        node.input[index] = name
+        """Give a node a constant of its own; others that read the old one keep it.
+
+        If what comes from the node has another shape then, `shape` does not know.
+        """
+        node.input[index] = self._keep(node.input[index], value)
         self._changed = True
 
     def become(
@@ -104,6 +103,22 @@ class Graph:
                 if name == node.output[0]:
                     reader.input[place] = node.input[index]
         self.nodes.remove(node)
+        self._changed = True
+
+    def follow(self, node: onnx.NodeProto, op_type: str, *constants: NDArray[np.generic]) -> None:
+        """Put an operator behind a node, for all that read the node's output; it keeps the name.
+
+        Args:
+            node: has one output.
+            op_type: a standard operator.
+            constants: what it takes besides that output.
+        """
+        tensor = node.output[0]
+        node.output[0] = self._free(tensor)
+        inputs = [node.output[0], *(self._keep(tensor, value) for value in constants)]
+        behind = helper.make_node(op_type, inputs, [tensor])
+        self.nodes.insert(self.nodes.index(node) + 1, behind)
+        self._moved.add(tensor)
         self._changed = True
 
     def swap(self, above: onnx.NodeProto, index: int, below: onnx.NodeProto) -> None:
@@ -143,6 +158,17 @@ class Graph:
             for value in (*graph.input, *graph.value_info, *graph.output)
             if value.type.tensor_type.HasField("shape")
         }
+
+    def _keep(self, name: str, value: NDArray[np.generic]) -> str:
+        """Add a constant; return what it is called, which is like a name."""
+        free = self._free(name)
+        self._constants[free] = numpy_helper.from_array(np.ascontiguousarray(value), free)
+        return free
+
+    def _free(self, name: str) -> str:
+        """Return a name like another that nothing has."""
+        names = (f"{name}_{number}" for number in itertools.count(1))
+        return next(name for name in names if not self._is_taken(name))
 
     def _is_taken(self, name: str) -> bool:
         return name in self._constants or bool(self.readers(name)) or self.maker(name) is not None

@@ -23,8 +23,11 @@ MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 ARITHMETIC = ("Mul", "Div", "Add", "Sub")
 DENSE = ("MatMul", "Gemm")
 LINEAR = (*DENSE, "Conv", "ConvTranspose")  # in their first input; padding adds zeros
-DATA, KERNEL = 0, 1  # their inputs
-MATRIX = 2  # axes
+DATA, KERNEL, BIAS = 0, 1, 2  # their inputs
+POOLINGS = ("MaxPool", "AveragePool")
+MATRIX, PLANES = 2, 4  # axes
+BLOCKS = (8, 16)  # channels that onnxruntime computes together, by the processor's vectors
+ALIGNED = 4  # it takes as many channels as are a multiple of this, or fewer than a block
 ROUNDING = float(np.finfo(np.float32).eps)
 
 
@@ -97,12 +100,32 @@ def fuse_gemms(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.model()
 
 
+def fill_blocks(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give a convolution that is pooled as many channels as are computed anyway.
+
+    onnxruntime convolves in blocks of channels and fills the last block with zeros that nobody
+    sees. It pools in blocks too, but only if there was nothing to fill; else it takes the blocks
+    apart before the pooling, when there is four times as much to move (`TransformConv` and
+    `TransformPool` in its nchwc_transformer.cc). So the zeros are written down, and cut off behind
+    the pooling: measured, a sixth of the default network's time in batches, and nothing is lost
+    with single images. Zeros in the dense layer behind instead of the cut lost more than was won.
+
+    Equal to the bit, but for the order in which an average is summed. Only where blocks of either
+    size are filled up to as many channels; elsewhere it would be more work for one of them.
+    """
+    graph = Graph(model)
+    for node in graph.find("Conv"):
+        _fill(graph, node)
+    return graph.model()
+
+
 PASSES: tuple[Callable[[onnx.ModelProto], onnx.ModelProto], ...] = (
     fold_constants,
     raise_moves,
     fold_scales,
     flatten_planes,
     fuse_gemms,
+    fill_blocks,
 )
 
 
@@ -279,3 +302,43 @@ def _bias(graph: Graph, addition: onnx.NodeProto, product: str, kernel: str) -> 
         return None
     row = (1, matrix.shape[1])
     return others[0] if np.broadcast_shapes(value.shape, row) == row else None
+
+
+def _fill(graph: Graph, node: onnx.NodeProto) -> None:
+    kernel = graph.weights(node.input[KERNEL])
+    pooling = _pooling(graph, node)
+    if kernel is None or pooling is None or not _is_in_blocks(graph, node, kernel):
+        return
+    channels = len(kernel)
+    missing = -channels % max(BLOCKS)
+    if not missing or missing >= min(BLOCKS):
+        return
+    for index in range(KERNEL, len(node.input)):
+        value = graph.weights(node.input[index])
+        if value is not None:
+            zeros = np.zeros((missing, *value.shape[1:]), np.float32)
+            graph.give(node, index, np.concatenate([value, zeros]))
+    graph.follow(pooling, "Slice", np.array([0]), np.array([channels]), np.array([1]))
+
+
+def _pooling(graph: Graph, conv: onnx.NodeProto) -> onnx.NodeProto | None:
+    """Return the pooling that alone reads a convolution, or its Relu; None if there is none."""
+    node = conv
+    for _ in range(2):
+        if not _is_alone(graph, node.output[0]):
+            return None
+        node = graph.readers(node.output[0])[0]
+        if not is_a(node, "Relu"):
+            break
+    one = len(node.output) == 1  # a second output counts the channels
+    return node if one and is_a(node, *POOLINGS) and _is_alone(graph, node.output[0]) else None
+
+
+def _is_in_blocks(graph: Graph, conv: onnx.NodeProto, kernel: NDArray[np.float32]) -> bool:
+    """Say whether onnxruntime computes a convolution in blocks, whatever their size."""
+    bias = conv.input[BIAS] if len(conv.input) > BIAS else ""
+    if kernel.ndim != PLANES or attribute(conv, "group", 1) != 1:
+        return False
+    channels = kernel.shape[1]
+    taken = channels < min(BLOCKS) or channels % ALIGNED == 0
+    return taken and (not bias or graph.weights(bias) is not None)

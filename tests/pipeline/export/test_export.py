@@ -67,7 +67,7 @@ def test_onnx_is_of_the_opset_and_valid(graph):
 def test_onnx_scales_transposes_and_computes_shapes_no_more(graph):
     operators = " ".join(node.op_type for node in graph.graph.node)
 
-    assert operators == "Cast Reshape Conv Relu MaxPool Flatten Gemm Relu Gemm Softmax"
+    assert operators == "Cast Reshape Conv Relu MaxPool Slice Flatten Gemm Relu Gemm Softmax"
     assert not graph.graph.value_info
 
 

@@ -177,6 +177,23 @@ def test_what_nothing_reads_any_more_is_gone_to_the_last():
     assert operators(graph.model()) == "Neg"
 
 
+def test_an_operator_behind_a_node_has_its_name_for_all_that_read_it():
+    graph = Graph(
+        written("a = Neg(x) b = Abs(a) y = Add(a, b)", gives="float[n,2] y, float[n,2] a")
+    )
+
+    graph.follow(node(graph, "a"), "Add", TWO[0])
+
+    followed = graph.model()
+    onnx.checker.check_model(followed, full_check=True)
+    assert operators(followed) == "Neg Add Abs Add"
+    first, behind, *_ = followed.graph.node
+    assert first.output == [behind.input[0]]
+    assert behind.output == ["a"]
+    np.testing.assert_array_equal(graph.weights(behind.input[1]), TWO[0])
+    assert graph.shape("a") is None
+
+
 def test_swapped_nodes_run_in_the_order_in_which_they_read():
     model = written(
         "a = Sub(k, x) n = Neg(x) y = Reshape(a, shape)",
