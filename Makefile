@@ -91,6 +91,7 @@ lock: $(STAMP) ## resolve the requirements again (ARGS=--upgrade for newer versi
 	$(COMPILE) --extra service --constraints requirements/dev.txt --output-file requirements/service.txt
 	$(LOCK) tests/conformance/requirements.in --output-file tests/conformance/requirements.txt $(ARGS)
 	$(LOCK) --no-deps tests/conformance/perf_analyzer.in --output-file tests/conformance/perf_analyzer.txt $(ARGS)
+	for name in $(PEERS); do $(LOCK) benchmarks/peers/$$name.in --output-file benchmarks/peers/$$name.txt $(ARGS) || exit 1; done
 	awk '/^uv==/ { on = 1 } on { print } on && !/\\$$/ { exit }' requirements/dev.txt > requirements/uv.txt
 
 .PHONY: setup
@@ -107,7 +108,7 @@ $(STAMP): requirements/dev.txt requirements/uv.txt pyproject.toml
 			"sudo apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/uv.txt
-	@echo "installing 163 packages, 2.7 GB on the disk: a minute, and the network's speed"
+	@echo "installing 185 packages, 2.7 GB on the disk: a minute, and the network's speed"
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $(STAMP)

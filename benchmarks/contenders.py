@@ -4,6 +4,7 @@ All of them serve the same ONNX file. Each is a process, or a tree of them, on a
 """
 
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load import Request
+from benchmarks.load import Request, tree
 from protos import inference_pb2
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def ours(name: str, repository: Path, *options: str) -> Contender:
         name,
         lambda port: [*command, "--address", f"127.0.0.1:{port}", *options],
         lambda images: message(images, model),
-        _grpc_probabilities,
+        grpc_probabilities,
     )
 
 
@@ -93,7 +94,7 @@ def naive(kind: str, model: Path) -> Contender:
         NAIVE_AIO if kind == "aio" else NAIVE_SYNC,
         lambda port: [*command, str(port)],
         lambda images: message(images, "any"),
-        _grpc_probabilities,
+        grpc_probabilities,
     )
 
 
@@ -102,7 +103,7 @@ def running(contender: Contender, images: NDArray[np.uint8]) -> Iterator[Running
     """Start a contender, wait for its first answer, and end it and all that came from it.
 
     Raises:
-        SystemExit: it does not answer.
+        SystemExit: it does not answer, or not all of it ended with SIGTERM.
     """
     port = free_port()
     started_s = time.monotonic()
@@ -119,11 +120,9 @@ def running(contender: Contender, images: NDArray[np.uint8]) -> Iterator[Running
             _wait_for_answer(contender, port, process, contender.body(images[:1]))
             yield Running(contender, port, process.pid, time.monotonic() - started_s)
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            left = _end(process)
+    if left:
+        raise SystemExit(f"error: {contender.name} left {left} processes behind; they were killed")
 
 
 def message(images: NDArray[np.uint8], model: str) -> bytes:
@@ -137,6 +136,14 @@ def message(images: NDArray[np.uint8], model: str) -> bytes:
     return struct.pack(">BI", 0, len(content)) + content
 
 
+def grpc_probabilities(answer: bytes) -> NDArray[np.float32]:
+    """Return what a ModelInferResponse says, as gRPC sends it."""
+    response = inference_pb2.ModelInferResponse.FromString(answer[5:])
+    places = [output.name for output in response.outputs]
+    raw = response.raw_output_contents[places.index(OUTPUT)]
+    return np.frombuffer(raw, np.float32).reshape(tuple(response.outputs[0].shape))
+
+
 def free_port() -> int:
     """Return a port that is free now."""
     with socket.socket() as taken:
@@ -145,11 +152,26 @@ def free_port() -> int:
         return port
 
 
-def _grpc_probabilities(answer: bytes) -> NDArray[np.float32]:
-    response = inference_pb2.ModelInferResponse.FromString(answer[5:])
-    places = [output.name for output in response.outputs]
-    raw = response.raw_output_contents[places.index(OUTPUT)]
-    return np.frombuffer(raw, np.float32).reshape(tuple(response.outputs[0].shape))
+def _end(process: "subprocess.Popen[bytes]") -> int:
+    """End a process and all that came from it; return how many of those had to be killed."""
+    started = [Path(f"/proc/{pid}") for pid in tree(process.pid)]
+    process.terminate()
+    until_s = time.monotonic() + STOP_S
+    while time.monotonic() < until_s and (process.poll() is None or any(map(_lives, started))):
+        time.sleep(LOOK_S)
+    left = [path for path in started if _lives(path)]
+    for path in left:
+        with suppress(ProcessLookupError):
+            os.kill(int(path.name), signal.SIGKILL)
+    return len(left)
+
+
+def _lives(path: Path) -> bool:
+    """Tell whether a process runs, and does not only wait to be reaped."""
+    try:
+        return path.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _wait_for_answer(

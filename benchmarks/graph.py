@@ -2,25 +2,32 @@
 
     python benchmarks/graph.py
 
-Four networks with random weights, each in both forms, asked in turn, round after round, in one
-process and by one thread, through the session that serves: it cuts a batch of 128 into calls.
-Counted is the processor time of that thread, which other programs on the machine disturb less than
-the clock on the wall. Prints the medians, and the largest difference of any logit over random
-images; writes them, with the machine and the versions, to benchmarks/results/graph.json.
+Networks with random weights, each in both forms, asked in turn, round after round, in one process
+and by one thread, through onnxruntime as the server sets it up. Counted is the processor time of
+that thread, which other programs on the machine disturb less than the clock on the wall.
+
+Then how many rows a call should have: two threads ask one session at once, as the server does on
+two cores, and the clock on the wall counts. Beside it stands the memory that the calls left taken.
+
+Prints the medians, and the largest difference of any logit over random images; writes them, with
+the machine and the versions, to benchmarks/results/graph.json.
 """
 
 import os
 import statistics
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 from typing import Annotated
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import keras
 import numpy as np
+import onnxruntime
 import typer
-from keras import layers
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
@@ -28,59 +35,19 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import measured
+from benchmarks.networks import NETWORKS, SHAPE
 from pipeline.export import onnx, passes, serving_function
-from pipeline.models import build
-from protos import bundle_pb2
-from service.session import Session
 
 BATCHES = (1, 8, 32, 128)
 IMAGES = 2_048  # for the largest difference
 SLICE_S = 0.1  # processor time of one form, network and batch in a round
-OPTIONS = bundle_pb2.SessionOptions(graph_optimization="all")
-SHAPE = (28, 28, 1)
-CLASSES = 10
+CALL_ROWS = (8, 16, 32, 64, 128, 256)
+CALL_ROUNDS = 5
+CALL_SLICE_S = 0.15  # on the wall, of one network and number of rows in a round
+THREADS = 2  # that call at once
 
-
-def conv10() -> keras.Model:
-    """Return the network that the pipeline trains by default."""
-    return build("conv10-dropout", SHAPE, CLASSES)
-
-
-def dense() -> keras.Model:
-    """Return two dense layers."""
-    image, scaled = _scaled()
-    hidden = layers.Dense(128, activation="relu")(layers.Flatten()(scaled))
-    return keras.Model(image, layers.Dense(CLASSES)(hidden))
-
-
-def conv32_64() -> keras.Model:
-    """Return two convolutions without padding, each pooled, and two dense layers."""
-    image, x = _scaled()
-    for filters in (32, 64):
-        x = layers.Conv2D(filters, 3, activation="relu")(x)
-        x = layers.MaxPooling2D(2)(x)
-    hidden = layers.Dense(100, activation="relu")(layers.Flatten()(x))
-    return keras.Model(image, layers.Dense(CLASSES)(hidden))
-
-
-def residual() -> keras.Model:
-    """Return a small residual network: normalised convolutions, one of two strides, two sums."""
-    image, x = _scaled()
-    x = layers.ReLU()(_normalised(x, 16, 3))
-    for filters, strides in ((16, 1), (32, 2)):
-        inner = layers.ReLU()(_normalised(x, filters, 3, strides))
-        inner = _normalised(inner, filters, 3)
-        beside = x if strides == 1 else _normalised(x, filters, 1, strides)
-        x = layers.ReLU()(layers.Add()([beside, inner]))
-    return keras.Model(image, layers.Dense(CLASSES)(layers.GlobalAveragePooling2D()(x)))
-
-
-NETWORKS: dict[str, Callable[[], keras.Model]] = {
-    "conv10": conv10,
-    "dense": dense,
-    "conv32-64": conv32_64,
-    "residual": residual,
-}
+Case = tuple[str, int]  # a network and the rows of a call
+Forms = tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]
 
 
 def main(
@@ -89,62 +56,146 @@ def main(
     """Measure, print and write."""
     keras.utils.set_random_seed(0)
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, *SHAPE), dtype=np.uint8)
-    sessions = {name: _sessions(make()) for name, make in NETWORKS.items()}
+    models = {name: _models(make()) for name, make in NETWORKS.items()}
+    sessions = {
+        name: (_session(plain), _session(passed)) for name, (plain, passed) in models.items()
+    }
     differences = {name: _difference(*forms, images) for name, forms in sessions.items()}
-    cases = [(name, rows) for name in NETWORKS for rows in BATCHES]
-    seconds: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
-    for _ in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
-        for name, rows in cases:
-            plain, passed = (_seconds(form, images[:rows]) for form in sessions[name])
-            seconds[name, rows].append((plain, passed))
-    _report({case: rounds[1:] for case, rounds in seconds.items()}, differences)  # one warms up
+    seconds = _forms(sessions, images, rounds)
+    calls, memory_mib = _calls({name: passed for name, (_, passed) in models.items()}, images)
+    _report(seconds, differences, calls, memory_mib)
 
 
-def _scaled() -> tuple[keras.KerasTensor, keras.KerasTensor]:
-    image = keras.Input(SHAPE, dtype="uint8", name="image")
-    return image, layers.Rescaling(1 / 255)(image)
-
-
-def _normalised(
-    x: keras.KerasTensor, filters: int, size: int, strides: int = 1
-) -> keras.KerasTensor:
-    conv = layers.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)
-    return layers.BatchNormalization()(conv(x))
-
-
-def _sessions(model: keras.Model) -> tuple[Session, Session]:
+def _models(model: keras.Model) -> tuple[bytes, bytes]:
     """Return a network as tf2onnx wrote it, and as it is exported."""
     plain = onnx.convert(serving_function(model))
-    plain_bytes, passed_bytes = (
-        form.SerializeToString() for form in (plain, passes.improve(plain))
-    )
-    return Session(plain_bytes, OPTIONS, threads=1), Session(passed_bytes, OPTIONS, threads=1)
+    return plain.SerializeToString(), passes.improve(plain).SerializeToString()
 
 
-def _difference(plain: Session, passed: Session, images: NDArray[np.uint8]) -> float:
+def _session(model: bytes) -> onnxruntime.InferenceSession:
+    """Load a model as service.session does, which would cut large batches into several calls."""
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.intra_op_num_threads = 1
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    settings.enable_mem_pattern = False
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+
+
+def _difference(
+    plain: onnxruntime.InferenceSession,
+    passed: onnxruntime.InferenceSession,
+    images: NDArray[np.uint8],
+) -> float:
     """Return the largest difference of any logit."""
-    before, after = (form.run(images)["logits"].astype(np.float64) for form in (plain, passed))
-    return float(np.abs(before - after).max())
+    differences = []
+    for batch in np.split(images, IMAGES // BATCHES[-1]):
+        (before,), (after,) = (form.run(["logits"], {"image": batch}) for form in (plain, passed))
+        differences.append(np.abs(before.astype(np.float64) - after).max())
+    return float(max(differences))
 
 
-def _seconds(form: Session, batch: NDArray[np.uint8]) -> float:
+def _forms(
+    sessions: dict[str, Forms], images: NDArray[np.uint8], rounds: int
+) -> dict[Case, list[tuple[float, float]]]:
+    """Return the processor time of one image in both forms, for each round."""
+    cases = [(name, rows) for name in sessions for rows in BATCHES]
+    seconds: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+    for _ in track(range(rounds + 1), "forms", console=Console(stderr=True)):
+        for name, rows in cases:
+            plain, passed = (_processor_s(form, images[:rows]) for form in sessions[name])
+            seconds[name, rows].append((plain, passed))
+    return {case: pairs[1:] for case, pairs in seconds.items()}  # one warms up
+
+
+def _processor_s(form: onnxruntime.InferenceSession, batch: NDArray[np.uint8]) -> float:
     """Return the processor time of one image."""
-    form.run(batch)
+    form.run(None, {"image": batch})
     calls = 0
     started_s = time.thread_time()
     while (passed_s := time.thread_time() - started_s) < SLICE_S:
-        form.run(batch)
+        form.run(None, {"image": batch})
         calls += 1
     return passed_s / calls / len(batch)
 
 
+def _calls(
+    models: dict[str, bytes], images: NDArray[np.uint8]
+) -> tuple[dict[Case, list[float]], dict[Case, float]]:
+    """Return the time of one image for each round, and the memory that each session took.
+
+    Each case has a session of its own, and all stay: none gets what another gave back.
+    """
+    seconds: dict[Case, list[float]] = {}
+    memory_mib: dict[Case, float] = {}
+    sessions: dict[Case, onnxruntime.InferenceSession] = {}
+    with ThreadPoolExecutor(THREADS) as threads:
+        for name, model in models.items():
+            for rows in CALL_ROWS:
+                sessions[name, rows] = _session(model)
+                before_mib = _resident_mib()
+                _wall_s(threads, sessions[name, rows], images[:rows])
+                memory_mib[name, rows] = _resident_mib() - before_mib
+                seconds[name, rows] = []
+        for _ in track(range(CALL_ROUNDS), "calls", console=Console(stderr=True)):
+            for (name, rows), session in sessions.items():
+                seconds[name, rows].append(_wall_s(threads, session, images[:rows]))
+    return seconds, memory_mib
+
+
+def _wall_s(
+    threads: ThreadPoolExecutor, session: onnxruntime.InferenceSession, batch: NDArray[np.uint8]
+) -> float:
+    """Return the time of one image while all threads call at once."""
+    together = Barrier(THREADS)
+
+    def rows_a_second() -> float:
+        together.wait()
+        calls = 0
+        started_s = time.perf_counter()
+        while (passed_s := time.perf_counter() - started_s) < CALL_SLICE_S:
+            session.run(None, {"image": batch})
+            calls += 1
+        return calls * len(batch) / passed_s
+
+    running = [threads.submit(rows_a_second) for _ in range(THREADS)]
+    return 1 / sum(each.result() for each in running)
+
+
+def _resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * measured.PAGE_MIB
+
+
 def _report(
-    seconds: dict[tuple[str, int], list[tuple[float, float]]], differences: dict[str, float]
+    seconds: dict[Case, list[tuple[float, float]]],
+    differences: dict[str, float],
+    calls: dict[Case, list[float]],
+    memory_mib: dict[Case, float],
 ) -> None:
+    figures = _report_forms(seconds)
+    found = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+    print(f"largest difference of a logit over {IMAGES:,} images: {found}")
+    measured.write(
+        "graph",
+        {
+            "images": IMAGES,
+            "max_logit_difference": differences,
+            "microseconds_an_image": figures,
+            "calls": {
+                "threads": THREADS,
+                "microseconds_an_image": _report_calls(calls, memory_mib),
+            },
+        },
+    )
+
+
+def _report_forms(seconds: dict[Case, list[tuple[float, float]]]) -> list[dict[str, object]]:
     table = Table(box=box.SIMPLE_HEAD, title="microseconds an image, median (min-max)")
     for column in ("network", "batch", "tf2onnx", "exported", "times faster"):
         table.add_column(column, justify="left" if column == "network" else "right")
-    figures = []
+    figures: list[dict[str, object]] = []
     for (name, rows), pairs in seconds.items():
         plain, passed = ([round(1e6 * pair[form], 2) for pair in pairs] for form in (0, 1))
         ratios = [round(before / after, 3) for before, after in pairs]
@@ -153,12 +204,32 @@ def _report(
         case = {"network": name, "batch": rows, "tf2onnx": plain, "exported": passed}
         figures.append({**case, "times_faster": statistics.median(ratios)})
     Console().print(table)
-    found = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    print(f"largest difference of a logit over {IMAGES:,} images: {found}")
-    measured.write(
-        "graph",
-        {"images": IMAGES, "max_logit_difference": differences, "microseconds_an_image": figures},
-    )
+    return figures
+
+
+def _report_calls(
+    calls: dict[Case, list[float]], memory_mib: dict[Case, float]
+) -> list[dict[str, object]]:
+    title = f"microseconds an image and MiB taken, {THREADS} threads, by the rows of a call"
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table.add_column("network")
+    for rows in CALL_ROWS:
+        table.add_column(str(rows), justify="right")
+    for network in dict.fromkeys(name for name, _ in calls):
+        cases = [(network, rows) for rows in CALL_ROWS]
+        cells = (f"{1e6 * statistics.median(calls[case]):.3g} µs" for case in cases)
+        table.add_row(network, *cells)
+        table.add_row("", *(f"{memory_mib[case]:.3g} MiB" for case in cases), end_section=True)
+    Console().print(table)
+    return [
+        {
+            "network": name,
+            "rows": rows,
+            "exported": [round(1e6 * each, 2) for each in figures],
+            "memory_mib": round(memory_mib[name, rows], 1),
+        }
+        for (name, rows), figures in calls.items()
+    ]
 
 
 def _spread(figures: list[float]) -> str:

