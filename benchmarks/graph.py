@@ -219,7 +219,7 @@ def _report_calls(
         cases = [(network, rows) for rows in CALL_ROWS]
         cells = (f"{1e6 * statistics.median(calls[case]):.3g} µs" for case in cases)
         table.add_row(network, *cells)
-        table.add_row("", *(f"{memory_mib[case]:.3g} MiB" for case in cases), end_section=True)
+        table.add_row("", *(f"{memory_mib[case]:.1f} MiB" for case in cases), end_section=True)
     Console().print(table)
     return [
         {

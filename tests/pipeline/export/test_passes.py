@@ -649,7 +649,7 @@ FILLED = {
         TEN,
     ),
     "strides, holes and padding": (
-        "maps = Conv<auto_pad='SAME_UPPER', strides=[2,2]>(image, kernel, bias) lit = Relu(maps) "
+        'maps = Conv<auto_pad="SAME_UPPER", strides=[2,2]>(image, kernel, bias) lit = Relu(maps) '
         "pooled = MaxPool<kernel_shape=[3,2], pads=[1,0,1,1], ceil_mode=1>(lit) "
         "logits = Neg(pooled)",
         "Conv Relu MaxPool Slice Neg",
