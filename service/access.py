@@ -33,6 +33,11 @@ class Access:
         self._tokens = [_digest(token) for token in tokens]
         self._admin_tokens = [_digest(token) for token in admin_tokens]
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether a call may need one; if not, all that is refused is control."""
+        return bool(self._tokens or self._admin_tokens)
+
     def check(self, path: str, metadata: Mapping[str, str]) -> None:
         """Let a call pass, or refuse it.
 

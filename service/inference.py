@@ -22,9 +22,6 @@ DECODERS = 2  # threads for pictures; Pillow lets go of the interpreter's lock
 MAX_DECODING = 64  # requests of pictures that may wait for them
 RETRY_S = 0.1
 MAX_ID_CHARACTERS = 128  # of a request's id in a message, which has to say more
-# Expected seconds of a call of the model that may run on the thread that takes calls off the wire.
-# While all such threads run, nothing new is refused or read; a thread more costs some 0.05 ms.
-SHORT_S = 0.005
 # How statistics count what ends a request before it is queued.
 DECODING_FAILURES: dict[type[Exception], str] = {
     errors.PictureError: "OTHER",
@@ -80,10 +77,14 @@ class Inference:
         """Check a request and let it wait for its model; returns at once and never raises."""
         self._begin(call, None)
 
-    def run(self, calls: Sequence[Call]) -> None:
+    def run(self, calls: Sequence[Call], longest_s: float) -> None:
         """Begin requests that came together, and run what is short of them on this thread.
 
         Never raises; returns once nothing more can be done here.
+
+        Args:
+            calls: the requests.
+            longest_s: expected seconds of a call of the model from which on it is left to others.
         """
         fed: set[Batcher] = set()
         for call in calls:
@@ -92,7 +93,7 @@ class Inference:
             own = fed.pop()
             for other in fed:
                 other.wake()
-            own.work(SHORT_S)
+            own.work(longest_s)
 
     def drain(self) -> None:
         """Refuse requests from now on; what was accepted is answered."""

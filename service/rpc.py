@@ -100,17 +100,21 @@ class Rpc:
         else:
             self._answer(call)
 
-    def run(self, calls: Sequence[Call]) -> None:
+    def run(self, calls: Sequence[Call], longest_s: float) -> None:
         """Begin calls that came together, and run what is short of them on this thread.
 
         As `begin` of each, but that no other thread need wake up to answer them.
+
+        Args:
+            calls: from one thread or loop.
+            longest_s: expected seconds of a call of the model from which on it is left to others.
         """
         asked = [call for call in calls if call.path == INFER]
         if len(asked) < len(calls):
             for call in calls:
                 if call.path != INFER:
                     self.begin(call)
-        self._inference.run(asked)
+        self._inference.run(asked, longest_s)
 
     def show_stopping(self) -> None:
         """Say that neither the server nor a model is ready, for good; requests are answered on."""

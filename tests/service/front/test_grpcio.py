@@ -68,7 +68,7 @@ class Fake:
             self._changed.notify_all()
         self._begin(call)
 
-    def run(self, calls):
+    def run(self, calls, longest_s):
         for call in calls:
             self.begin(call)
 

@@ -47,7 +47,7 @@ class Fake:
         self.calls.append(call)
         self._answer(call)
 
-    def run(self, calls):
+    def run(self, calls, longest_s):
         for call in calls:
             self.begin(call)
 
@@ -141,10 +141,10 @@ def test_message_is_inflated_before_it_is_refused(listen, dial):
 
 def test_calls_that_cannot_be_begun_are_refused_and_the_next_are_answered(listen, dial, caplog):
     class Broken(Fake):
-        def run(self, calls):
+        def run(self, calls, longest_s):
             if any(call.content for call in calls):
                 raise ZeroDivisionError
-            super().run(calls)
+            super().run(calls, longest_s)
 
     live = dial(listen(Broken())).unary_unary(LIVE)
 
