@@ -31,7 +31,7 @@ SHUTDOWN_S = 0.02  # for gRPC's core to tell clients to go elsewhere
 MAX_SETTLED = 8  # outcomes at a time; each takes the event loop about 0.2 ms
 # Expected seconds of a call of the model that the event loop makes itself: a few times what it
 # costs to hand a batch to another thread, and its answers back.
-SHORT_S = 0.001
+SHORT_S = 0.0005
 MAX_STREAMED = 64  # requests of one stream that may wait for their answers
 # gRPC's own five minutes end connections that are kept alive. Clients ping every 10 s; what a
 # network does to two pings may bring them closer together.

@@ -101,8 +101,14 @@ def rpc(repository) -> Iterator[Rpc]:
     rpc.close()
 
 
+SLOW_S = 0.006  # of a call
+
+
 class Gate:
-    """Models whose every call waits until it is let go on; checks at loading do not."""
+    """Models whose every call waits until it is let go on; checks at loading do not.
+
+    They are known to be slow: no front runs them on a thread that takes calls.
+    """
 
     def __init__(self) -> None:
         self.batches: list[Any] = []  # that the models were given
@@ -112,7 +118,8 @@ class Gate:
     def load(self, path: Path, options: ModelOptions) -> version.Version:
         loaded = version.load(path, options)
         run = partial(self._run, loaded.session.run)
-        return replace(loaded, session=cast("Any", SimpleNamespace(run=run)))
+        slow = dict.fromkeys(loaded.warmed, SLOW_S)
+        return replace(loaded, session=cast("Any", SimpleNamespace(run=run)), warmed=slow)
 
     def open(self) -> None:
         self._opened.set()

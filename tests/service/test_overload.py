@@ -155,7 +155,7 @@ def test_request_that_cannot_be_answered_in_time_is_refused_long_before_its_dead
 
 @pytest.mark.parametrize("how", ["cancelled", "expired"])
 def test_request_whose_caller_has_left_is_never_run(start_held, busy, infer, tiny, how):
-    stub, session = start_held(row_s=1e-6)
+    stub, session = start_held()
     busy(stub, session)
     left = stub.ModelInfer.future(
         infer(tiny.images(3)), timeout=2.0 if how == "expired" else WAIT_S
