@@ -13,6 +13,9 @@ STRANGERS := .venv-conformance/.installed
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 COMPILE := $(LOCK) pyproject.toml
+COMMA := ,
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
 PEERS := mosec mlserver kserve litserve bentoml ray
 ARGS ?=
 
@@ -46,7 +49,7 @@ bench: $(STAMP) ## what serving costs, beside naive servers and the model itself
 .PHONY: bench-peers
 bench-peers: $(STAMP) ## the same beside mosec, MLServer, KServe, LitServe, BentoML, Ray Serve: half an hour
 	for name in $(PEERS); do benchmarks/peers/setup.sh $$name || exit 1; done
-	$(BIN)/python benchmarks/serving.py --peers $(ARGS)
+	$(BIN)/python benchmarks/serving.py --peers $(subst $(SPACE),$(COMMA),$(PEERS)) $(ARGS)
 
 .PHONY: bench-scaling
 bench-scaling: $(STAMP) ## what instances and workers give, how cost grows with the network; the exported graph

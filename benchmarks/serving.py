@@ -1,7 +1,7 @@
 """What serving costs: our server beside the naive ones, beside other systems, and beside the model.
 
-    python benchmarks/serving.py            # ours, the naive servers, and the model by itself
-    python benchmarks/serving.py --peers    # each other system, beside ours and a naive one
+    python benchmarks/serving.py                       # ours, the naive servers, the model itself
+    python benchmarks/serving.py --peers mosec,kserve  # each of them, beside ours and a naive one
 
 All servers serve one ONNX file, the network conv10 with random weights as our pipeline exports it,
 and are asked by h2load, in turn, round after round. Shown are medians; a ratio is taken within a
@@ -53,7 +53,7 @@ ONE, _, MANY, SHARED, _, _, BATCH = CASES
 def main(
     times: Annotated[int, typer.Option("--rounds", min=5, help="Medians are of these.")] = 5,
     pairs: Annotated[int, typer.Option(min=20, help="Rounds with and without batching.")] = 24,
-    peers: Annotated[bool, typer.Option("--peers", help="Other systems, each in turn.")] = False,
+    peers: Annotated[str, typer.Option(help="Other systems, by commas, each in turn.")] = "",
 ) -> None:
     """Measure, print, draw and write."""
     load.check_installed()
@@ -65,9 +65,10 @@ def main(
     ):
         progress.console.print(f"making {NETWORK} and its bundle")
         made = Made.make(Path(folder), NETWORK)
-        found, claimed = (
-            _beside_peers(made, times, progress) if peers else _alone(made, times, pairs, progress)
-        )
+        if peers:
+            found, claimed = _beside_peers(made, peers.split(","), times, progress)
+        else:
+            found, claimed = _alone(made, times, pairs, progress)
     name = "peers" if peers else "serving"
     shown.outcomes(found, CASES)
     shown.claimed(claimed)
@@ -128,12 +129,14 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
     return found, claimed
 
 
-def _beside_peers(made: Made, times: int, progress: Progress) -> tuple[Measured, list[Claim]]:
+def _beside_peers(
+    made: Made, names: Sequence[str], times: int, progress: Progress
+) -> tuple[Measured, list[Claim]]:
     """Measure each other system beside ours and a naive one, in rounds of its own."""
     from benchmarks.peers.catalog import contenders
 
     found, claimed = Measured(), []
-    for peer in contenders(made.onnx):
+    for peer in contenders(made.onnx, names):
         own = Measured()
         beside = [
             naive("aio", made.onnx),

@@ -6,9 +6,9 @@ says of the named ones, or of all, whether they answer as the model does and end
 Each has its own environment, .venv-peers/NAME, which `benchmarks/peers/setup.sh NAME` makes.
 """
 
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,18 @@ PATHS = {"mosec": "/inference", "litserve": "/predict", "bentoml": "/predict", "
 ROWS = (1, 32, 128)
 
 
-def contenders(model: Path) -> list[Contender]:
-    """Return every peer, to serve this file."""
-    return [_over_http(key, model) if key in PATHS else _over_grpc(key, model) for key in NAMES]
+def contenders(model: Path, keys: Sequence[str]) -> list[Contender]:
+    """Return the named peers, to serve this file.
+
+    Raises:
+        SystemExit: there is no such peer, or it has no environment.
+    """
+    for key in keys:
+        if key not in NAMES:
+            raise SystemExit(f"error: {key!r} is no peer; expected some of {', '.join(NAMES)}")
+        if not (ROOT / f".venv-peers/{key}/.installed").exists():
+            raise SystemExit(f"error: {key} is not installed; run: benchmarks/peers/setup.sh {key}")
+    return [_over_http(key, model) if key in PATHS else _over_grpc(key, model) for key in keys]
 
 
 def _over_grpc(key: str, model: Path) -> Contender:
@@ -73,11 +82,7 @@ def main() -> None:
     """Start each peer in turn, compare its answers, and see it end."""
     with tempfile.TemporaryDirectory() as folder:
         made = Made.make(Path(folder), "conv10")
-        for peer in contenders(made.onnx):
-            key = next(key for key, name in NAMES.items() if name == peer.name)
-            if sys.argv[1:] and key not in sys.argv[1:]:
-                continue
-            subprocess.run([HERE / "setup.sh", key], check=True)
+        for peer in contenders(made.onnx, sys.argv[1:] or list(NAMES)):
             with running(peer, made.images) as server:
                 for rows in ROWS:
                     server.request(made.images[:rows], made.expected[:rows])
