@@ -6,6 +6,7 @@ here is tested without sleeping. `service.batcher` adds the clock and runs the m
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +34,11 @@ class Ticket:
 class BatchQueue:
     """Tickets by priority and arrival, handed out in batches of at most `max_batch_rows` rows.
 
-    Rows are counted, never requests, and no request is divided. A batch holds rows of one shape.
-    Nothing waits for company unless `max_delay_s` says so. What has a lower priority takes no room
-    from what has a higher one: as in Triton, each level has its own `max_queue_requests`, and
-    `max_queue_rows` are those of a ticket's own level and the higher ones.
+    Tickets are joined up to `enough_rows`, from which on a larger batch is of no use; a single one
+    may have more. Rows are counted, never requests, and no request is divided. A batch holds rows
+    of one shape. Nothing waits for company unless `max_delay_s` says so. What has a lower priority
+    takes no room from what has a higher one: as in Triton, each level has its own
+    `max_queue_requests`; `max_queue_rows` are those of a ticket's own level and the higher ones.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class BatchQueue:
         max_queue_requests: float = math.inf,
         max_delay_s: float = 0.0,
         levels: int = 1,
+        enough_rows: int | None = None,
     ) -> None:
-        self._max_batch_rows = max_batch_rows
+        self._enough_rows = min(enough_rows or max_batch_rows, max_batch_rows)
         self._max_queue_rows = max_queue_rows
         self._max_queue_requests = max_queue_requests
         self._max_delay_s = max_delay_s
@@ -57,10 +60,25 @@ class BatchQueue:
         self._expires_s = math.inf  # no ticket that waits expires before
         self.requests = 0  # waiting
 
+    def are_a_batch(self, tickets: Sequence[Ticket]) -> bool:
+        """Tell whether tickets of one shape that come together would be handed out together."""
+        rows = sum([ticket.rows for ticket in tickets])
+        return len(tickets) == 1 or rows <= self._enough_rows
+
+    @property
+    def waits_for_company(self) -> bool:
+        """Whether what comes is kept for a while although nothing runs."""
+        return self._max_delay_s > 0
+
     @property
     def rows(self) -> int:
         """How many rows wait."""
         return sum(self._rows)
+
+    def next_rows(self) -> int:
+        """Return about how many rows the next batch has; 0 while nothing waits."""
+        heads = [level[0].rows for level in self._levels if level]
+        return max(heads[0], min(self.rows, self._enough_rows)) if heads else 0
 
     def rows_ahead(self, level: int) -> int:
         """Return how many of them a new ticket of this level waits for."""
@@ -113,7 +131,7 @@ class BatchQueue:
         heads = [level[0].arrived_s for level in self._levels if level]
         if not heads:
             return math.inf
-        return min(heads) + (0.0 if self.rows >= self._max_batch_rows else self._max_delay_s)
+        return min(heads) + (0.0 if self.rows >= self._enough_rows else self._max_delay_s)
 
     def take(self, now_s: float, *, at_once: bool = False) -> tuple[list[Ticket], list[Ticket]]:
         """Remove and return the batch due at `now_s`, and the tickets found expired before it.
@@ -124,13 +142,13 @@ class BatchQueue:
         expired: list[Ticket] = []
         if not at_once and now_s < self.due_at_s():
             return batch, expired
-        room = self._max_batch_rows
+        room = self._enough_rows
         for level in self._levels:
             while level:
                 ticket = level[0]
                 if ticket.expired(now_s):
                     expired.append(ticket)
-                elif ticket.rows > room or (batch and ticket.shape != batch[0].shape):
+                elif batch and (ticket.rows > room or ticket.shape != batch[0].shape):
                     return batch, expired
                 else:
                     room -= ticket.rows

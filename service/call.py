@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from service import errors
 
 Request = TypeVar("Request", bound=Message)
+Metadata: TypeAlias = "Mapping[str, str] | Iterable[tuple[str, str | bytes]]"
 log = logging.getLogger(__name__)
 # A message repeats what the client sent. gRPC's clients refuse trailers over 8 KiB, and would show
 # RESOURCE_EXHAUSTED instead of our status; percent-encoded, a character takes up to 12 bytes.
@@ -124,7 +125,7 @@ class Call:
         path: str,
         content: bytes,
         *,
-        metadata: Mapping[str, str],
+        metadata: Metadata,
         deadline_s: float = math.inf,
         peer: str = "",
     ) -> None:
@@ -133,13 +134,13 @@ class Call:
         Args:
             path: full path of the RPC.
             content: the serialised request.
-            metadata: by lower-case names; text values only.
+            metadata: by lower-case names.
             deadline_s: when the caller stops listening, on the monotonic clock.
             peer: who called, as the transport names it.
         """
         self.path = path
         self.content = content
-        self.metadata = metadata
+        self._metadata = metadata
         self.deadline_s = deadline_s
         self.peer = peer
         self.started_s = time.monotonic()
@@ -169,6 +170,13 @@ class Call:
         if callback is not None:
             callback()
         self._end(Status.CANCELLED)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What came with the call, by lower-case names; text values only."""
+        if not isinstance(self._metadata, Mapping):  # few calls are asked for it
+            self._metadata = texts(self._metadata)
+        return self._metadata
 
     @property
     def over(self) -> bool:

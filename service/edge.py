@@ -81,15 +81,17 @@ class Edge:
     def _front(
         self, transport: Transport, access: Access, *, native: bool, threads: int
     ) -> "GrpcioFront | NativeFront":
+        told = self._access_log or isinstance(self.tracer, tracing.OpenTelemetryTracer)
+        observe = self._observe if told else None
         if not native:
-            return GrpcioFront(self.rpc, transport, access=access, observe=self._observe)
+            return GrpcioFront(self.rpc, transport, access=access, observe=observe)
         from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
 
         return NativeFront(
             self.rpc,
             transport,
             access=access,
-            observe=self._observe,
+            observe=observe,
             threads=threads,
             limit_bytes=guard.limit_bytes(),
         )

@@ -87,13 +87,51 @@ class Inference:
             longest_s: expected seconds of a call of the model from which on it is left to others.
         """
         fed: set[Batcher] = set()
+        known: list[_Request] = []
+        same = True
         for call in calls:
-            self._begin(call, fed)
+            request = self._begun_alike(call)
+            if request is None:
+                self._begin(call, fed)
+                continue
+            first = known[0] if known else request
+            same &= (
+                request.form.served is first.form.served
+                and request.batch.shape[1:] == first.batch.shape[1:]
+            )
+            known.append(request)
+        if known and not (same and not fed and self._run_at_once(known, longest_s)):
+            for request in known:
+                self._queue(request, fed)
         if fed:
             own = fed.pop()
             for other in fed:
                 other.wake()
             own.work(longest_s)
+
+    def _begun_alike(self, call: Call) -> _Request | None:
+        """Return a call's request if one like it is known; None if it has to be read."""
+        try:
+            known = self._forms.find(call.content, self._repository.changes)
+        except Exception:  # noqa: BLE001  it will be said where the call is read
+            return None
+        if known is None or self._draining:
+            return None
+        form, rows = known
+        if call.watcher is not None:
+            call.notes["model"] = form.served.name
+        return _Request(call, form, rows, 0)
+
+    def _run_at_once(self, requests: Sequence[_Request], longest_s: float) -> bool:
+        """Run requests of one version on this thread, if nothing of it waits or need wait."""
+        tickets = [_ticket(request) for request in requests]
+        return requests[0].form.served.batcher.run_at_once(tickets, longest_s)
+
+    def _queue(self, request: _Request, fed: set[Batcher] | None) -> None:
+        try:
+            self._wait(request, fed)
+        except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
+            _refuse(request.call, request.form.request_id, error)
 
     def drain(self) -> None:
         """Refuse requests from now on; what was accepted is answered."""
@@ -108,19 +146,11 @@ class Inference:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, call: Call, fed: set[Batcher] | None) -> None:
-        request_id = ""
-        try:
-            known = self._forms.find(call.content, self._repository.changes)
-            if known is None or self._draining:
-                self._read(call, fed, 0)
-                return
-            form, rows = known
-            request_id = form.request_id
-            if call.watcher is not None:
-                call.notes["model"] = form.served.name
-            self._wait(_Request(call, form, rows, 0), fed)
-        except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
-            _refuse(call, request_id, error)
+        request = self._begun_alike(call)
+        if request is None:
+            self._read(call, fed, 0)
+        else:
+            self._queue(request, fed)
 
     def _read(self, call: Call, fed: set[Batcher] | None, attempt: int) -> None:
         """Begin a request of which nothing is known yet."""
@@ -195,17 +225,8 @@ class Inference:
 
     def _wait(self, request: _Request, fed: set[Batcher] | None) -> None:
         """Queue a request; where its version has just been replaced, begin again with the next."""
-        call, form, batch = request.call, request.form, request.batch
-        batcher = form.served.batcher
-        ticket = Ticket(
-            rows=len(batch),
-            shape=batch.shape[1:],
-            arrived_s=call.started_s,
-            deadline_s=call.deadline_s,
-            timeout_s=call.started_s + form.parameters.wait_s,
-            level=form.parameters.level,
-            content=request,
-        )
+        call, batcher = request.call, request.form.served.batcher
+        ticket = _ticket(request)
         try:
             batcher.submit(ticket, stay=fed is not None)
         except errors.ModelNotReadyError:
@@ -216,6 +237,19 @@ class Inference:
             if fed is not None:
                 fed.add(batcher)
             call.on_cancel(lambda: batcher.cancel(ticket))
+
+
+def _ticket(request: _Request) -> Ticket:
+    call, batch, parameters = request.call, request.batch, request.form.parameters
+    return Ticket(
+        rows=len(batch),
+        shape=batch.shape[1:],
+        arrived_s=call.started_s,
+        deadline_s=call.deadline_s,
+        timeout_s=call.started_s + parameters.wait_s,
+        level=parameters.level,
+        content=request,
+    )
 
 
 def _check_wanted(call: Call, form: Form) -> None:

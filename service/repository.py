@@ -27,6 +27,7 @@ from service.errors import (
 )
 from service.model_config import ModelOptions
 from service.pace import Pace
+from service.session import call_rows
 from service.statistics import Figure, Statistics, Store
 from service.version import Version
 
@@ -495,6 +496,7 @@ class Repository:
                 max_queue_requests=options.max_queue_requests or float("inf"),
                 max_delay_s=options.max_queue_delay_s,
                 levels=options.levels,
+                enough_rows=call_rows(options.providers),
             ),
             Pace(version.warmed),
             figures,

@@ -117,8 +117,7 @@ class Session:
             self.outputs = tuple(_tensor(node) for node in outputs)
             self._names = [output.name for output in self.outputs]
             self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-            on_cpu = self.providers[0] == CPU[0]
-            self._call_rows = MAX_CALL_ROWS if on_cpu else sys.maxsize
+            self._call_rows = call_rows(self.providers)
             self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         except ModelError:
             raise
@@ -185,6 +184,11 @@ class Session:
 def available_providers() -> tuple[str, ...]:
     """Return the execution providers that this onnxruntime was built with."""
     return tuple(onnxruntime.get_available_providers())
+
+
+def call_rows(providers: Sequence[str]) -> int:
+    """Return the most rows of one call of onnxruntime, by its providers, best first."""
+    return MAX_CALL_ROWS if providers[0] == CPU[0] else sys.maxsize
 
 
 def rungs(max_rows: int) -> list[int]:

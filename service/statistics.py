@@ -17,10 +17,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+
 if TYPE_CHECKING:
     Row: TypeAlias = "array[float] | memoryview[float]"
 
 MAX_BATCH_SIZES = 4096  # executions of more rows than this are counted, but not by their size
+MANY = 8  # values from which on numpy is faster than a loop
 SEPARATOR = "~"  # in no name
 ITEM_BYTES = 8
 
@@ -160,10 +163,8 @@ class Statistics:
             values[Figure.INFER_S] += execution.infer_s * requests
             values[Figure.OUTPUT_S] += execution.output_s * requests
             values[Figure.LAST_MS] = ms
-            for wait_s in waits_s:
-                self._observe(Histogram.QUEUE_S, wait_s)
-            for request_s in requests_s:
-                self._observe(Histogram.REQUEST_S, request_s)
+            self._observe_all(Histogram.QUEUE_S, waits_s)
+            self._observe_all(Histogram.REQUEST_S, requests_s)
             self._observe(Histogram.INFER_S, execution.infer_s)
             self._observe(Histogram.BATCH_ROWS, execution.rows)
             start = _BY_SIZE + (execution.rows - 1) * _SIZE_WIDTH
@@ -178,6 +179,18 @@ class Statistics:
         with self._lock:
             self._values[FAILURES[reason]] += 1
             self._values[Figure.FAIL_S] += seconds
+
+    def _observe_all(self, histogram: Histogram, observed: Sequence[float]) -> None:
+        if len(observed) < MANY:
+            for value in observed:
+                self._observe(histogram, value)
+            return
+        start, ends = _STARTS[histogram], BUCKETS[histogram]
+        counts = np.bincount(np.searchsorted(ends, observed), minlength=len(ends) + 1).tolist()
+        for place, count in enumerate(counts, start):
+            if count:
+                self._values[place] += count
+        self._values[start + len(ends) + 1] += sum(observed)
 
     def _observe(self, histogram: Histogram, value: float) -> None:
         start = _STARTS[histogram]

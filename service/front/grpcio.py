@@ -108,7 +108,7 @@ class GrpcioFront:
         transport: Transport,
         *,
         access: Access,
-        observe: Callable[[Call], None] = lambda _: None,
+        observe: Callable[[Call], None] | None = None,
     ) -> None:
         """Store the parts; `start` listens.
 
@@ -311,14 +311,15 @@ class GrpcioFront:
         call = _AioCall(
             path,
             content,
-            metadata=texts(context.invocation_metadata() or ()),
+            metadata=context.invocation_metadata() or (),
             deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
             peer=context.peer(),
         )
         call.mailbox = self._mailbox
         call.outcome = self._mailbox.loop.create_future()
         self.begun += 1
-        self._observe(call)
+        if self._observe is not None:
+            self._observe(call)
         return call
 
 

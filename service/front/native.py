@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
-from service.access import Access
-from service.call import DRAINING, Call, CallError, Status, refusal, texts
+from service.access import CONTROL, Access
+from service.call import DRAINING, Call, CallError, Status, refusal
 from service.errors import AddressError, ServiceError
 from service.front.address import UNIX, resolve
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
@@ -55,7 +55,7 @@ class NativeFront:
         transport: Transport,
         *,
         access: Access,
-        observe: Callable[[Call], None] = lambda _: None,
+        observe: Callable[[Call], None] | None = None,
         threads: int = 2,
         limit_bytes: int | None = None,
     ) -> None:
@@ -74,6 +74,7 @@ class NativeFront:
         self._transport = transport
         self._access = access
         self._observe = observe
+        self._guarded = frozenset(rpc.paths if access.wants_tokens else CONTROL)
         self._number = threads
         self._paths = tuple(rpc.paths)
         self._folder = tempfile.TemporaryDirectory(
@@ -198,7 +199,7 @@ class NativeFront:
         call = _NativeCall(
             path,
             content,
-            metadata=texts(metadata),
+            metadata=metadata,
             deadline_s=math.inf if left_s is None else time.monotonic() + left_s,
             peer=peer,
         )
@@ -213,12 +214,14 @@ class NativeFront:
     def _admits(self, call: "_NativeCall") -> bool:
         """Refuse what is too large or may not be asked; tell whether it was not."""
         size, limit = len(call.content), self._transport.max_message_bytes
-        try:
-            self._access.check(call.path, call.metadata)
-        except ServiceError as error:
-            call.refuse(refusal(call.path, error))
-            return False
-        self._observe(call)
+        if call.path in self._guarded:
+            try:
+                self._access.check(call.path, call.metadata)
+            except ServiceError as error:
+                call.refuse(refusal(call.path, error))
+                return False
+        if self._observe is not None:
+            self._observe(call)
         if size > limit:
             call.refuse(_too_large("Received", size, limit))
         elif self._stopping and call.path != self._rpc.streamed:  # which it refuses itself by now

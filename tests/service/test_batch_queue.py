@@ -448,3 +448,61 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueInAnyOrder = QueueMachine.TestCase
 TestQueueInAnyOrder.settings = settings(max_examples=100, stateful_step_count=40)
+
+
+# Enough for one batch
+
+
+@pytest.fixture
+def frugal():
+    """A queue that joins up to 4 rows, though a ticket may have 16."""
+    return BatchQueue(max_batch_rows=16, max_queue_rows=64, enough_rows=4, max_delay_s=1.0)
+
+
+def test_no_more_are_joined_than_is_of_use(frugal):
+    tickets = [Ticket(rows, (1,), arrived_s=0.0) for rows in (1, 2, 1, 2)]
+    for ticket in tickets:
+        frugal.put(ticket)
+
+    assert frugal.take(5.0)[0] == tickets[:3]
+    assert frugal.take(5.0)[0] == tickets[3:]
+
+
+def test_ticket_of_more_rows_than_are_joined_is_a_batch_of_its_own(frugal):
+    large, small = Ticket(16, (1,), arrived_s=0.0), Ticket(1, (1,), arrived_s=0.0)
+    frugal.put(large)
+    frugal.put(small)
+
+    assert frugal.next_rows() == 16
+    assert frugal.take(5.0)[0] == [large]
+    assert frugal.next_rows() == 1
+    assert frugal.take(5.0)[0] == [small]
+    assert frugal.next_rows() == 0
+
+
+@pytest.mark.parametrize(("rows", "due_at_s"), [(3, 1.0), (4, 0.0)])
+def test_batch_is_due_as_soon_as_there_are_enough(frugal, rows, due_at_s):
+    frugal.put(Ticket(rows, (1,), arrived_s=0.0))
+
+    assert frugal.due_at_s() == due_at_s
+
+
+@pytest.mark.parametrize(
+    ("rows", "are"), [([1], True), ([16], True), ([2, 2], True), ([2, 3], False), ([16, 1], False)]
+)
+def test_tickets_are_a_batch_if_they_would_be_handed_out_together(frugal, rows, are):
+    tickets = [Ticket(one, (1,), arrived_s=0.0) for one in rows]
+
+    assert frugal.are_a_batch(tickets) is are
+    for ticket in tickets:
+        frugal.put(ticket)
+    assert (frugal.take(5.0)[0] == tickets) is are
+
+
+def test_queue_joins_as_many_as_a_batch_may_have_unless_it_is_told_otherwise():
+    queue = BatchQueue(max_batch_rows=4, max_queue_rows=64, enough_rows=100)
+    for _ in range(5):
+        queue.put(Ticket(1, (1,), arrived_s=0.0))
+
+    assert len(queue.take(0.0)[0]) == 4
+    assert not queue.waits_for_company

@@ -760,3 +760,196 @@ def test_every_request_gets_one_outcome_and_its_own_rows_under_concurrency(
     assert counted[Figure.SUCCESS] == outcomes.count("answered") > 0
     assert counted[Figure.CANCELLED] == outcomes.count("CancelledError") > 0
     assert counted[Figure.REJECTED] == sum(map(outcomes.count, ("refused", "DeadlineError"))) > 0
+
+
+# On the thread of whoever brings the requests
+
+
+class Here:
+    """A model that notes the thread of every call."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+        self.rows: list[int] = []
+
+    def __call__(self, batch):
+        self.threads.append(threading.get_ident())
+        self.rows.append(len(batch))
+        return double(batch)
+
+    def was_here(self) -> list[bool]:
+        return [thread == threading.get_ident() for thread in self.threads]
+
+
+def stay(batcher: Batcher, *requests: Request) -> None:
+    for request in requests:
+        batcher.submit(request.ticket, stay=True)
+
+
+def test_requests_that_stay_are_run_on_the_thread_that_works(make_batcher):
+    model = Here()
+    batcher = make_batcher(model)
+    requests = [Request(number) for number in range(5)]
+    stay(batcher, *requests)
+
+    batcher.work(LONG_S)
+
+    assert [request.result() for request in requests] == [[2 * number] for number in range(5)]
+    assert (model.was_here(), model.rows) == ([True], [5])
+
+
+def test_call_that_is_expected_to_take_long_is_left_to_the_batchers_own_thread(make_batcher):
+    model = Here()
+    batcher = make_batcher(model, pace=Pace({1: 1.0, 8: 8.0}))
+    short, long = Request(1), Request(2, 3)
+    stay(batcher, short)
+    batcher.work(1.5)
+    stay(batcher, long)
+    batcher.work(1.5)
+
+    assert (short.result(), long.result()) == ([2], [4, 6])
+    assert model.was_here() == [True, False]
+
+
+def test_what_is_not_due_yet_is_left_to_wait(make_batcher):
+    model = Here()
+    batcher = make_batcher(model, max_delay_s=0.05)
+    request = Request(1)
+    stay(batcher, request)
+
+    batcher.work(LONG_S)
+
+    assert request.result() == [2]
+    assert model.was_here() == [False]
+
+
+def test_nothing_more_is_run_at_a_time_than_there_are_instances(make_batcher, model):
+    batcher = make_batcher(model)
+    first, call = busy(batcher, model)
+    second = Request(1)
+    stay(batcher, second)
+
+    batcher.work(LONG_S)  # returns at once: who is busy takes what waits
+
+    assert len(model.made) == 1
+    call.end()
+    model.open()
+    assert (first.result(), second.result()) == ([0], [2])
+
+
+def test_more_than_one_batch_is_shared_with_the_other_instance(make_batcher):
+    begun = threading.Barrier(2)
+
+    def both(batch):
+        begun.wait(WAIT_S)  # until two calls run at once
+        return double(batch)
+
+    batcher = make_batcher(both, instances=2, max_batch_rows=4)
+    requests = [Request(*range(4)), Request(*range(4, 8))]
+    stay(batcher, *requests)
+
+    batcher.work(LONG_S)
+
+    assert [request.result() for request in requests] == [[0, 2, 4, 6], [8, 10, 12, 14]]
+
+
+def test_waking_runs_what_stays_on_the_batchers_own_thread(make_batcher):
+    model = Here()
+    batcher = make_batcher(model)
+    request = Request(1)
+    stay(batcher, request)
+
+    batcher.wake()
+
+    assert request.result() == [2]
+    assert model.was_here() == [False]
+
+
+def at_once(batcher: Batcher, *requests: Request, longest_s: float = LONG_S) -> bool:
+    return batcher.run_at_once([request.ticket for request in requests], longest_s)
+
+
+def test_requests_that_find_nothing_before_them_run_at_once_and_are_counted(make_batcher, store):
+    model = Here()
+    batcher = make_batcher(model)
+    requests = [Request(number) for number in range(8)]
+
+    assert at_once(batcher, *requests)
+
+    assert [request.result() for request in requests] == [[2 * number] for number in range(8)]
+    assert (model.was_here(), model.rows) == ([True], [8])
+    assert batcher.is_idle()
+    figures = store.snapshots()[0]
+    assert [figures[one] for one in (Figure.SUCCESS, Figure.ROWS, Figure.EXECUTIONS)] == [8, 8, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "requests", "longest_s"),
+    [
+        ({"max_delay_s": 1.0}, [Request(1)], LONG_S),
+        ({"enough_rows": 2}, [Request(1, 2), Request(3)], LONG_S),
+        ({"pace": Pace({1: 2.0})}, [Request(1)], 1.0),
+        ({}, [Request(1), Request(2, deadline_s=PAST)], LONG_S),
+        ({}, [Request(1, timeout_s=PAST)], LONG_S),
+    ],
+    ids=["wait for company", "are too many", "take long", "are late", "have waited too long"],
+)
+def test_requests_that_would_not_be_the_next_batch_do_not_run_at_once(
+    make_batcher, options, requests, longest_s
+):
+    model = Here()
+    batcher = make_batcher(model, **options)
+
+    assert not at_once(batcher, *requests, longest_s=longest_s)
+
+    assert model.rows == []
+    assert batcher.is_idle()
+
+
+def test_nothing_runs_at_once_before_what_waits_or_beside_what_runs_or_after_the_end(
+    make_batcher, model
+):
+    batcher = make_batcher(model)
+    first, call = busy(batcher, model)
+    assert not at_once(batcher, Request(1))
+    call.end()
+    first.result()
+    until(batcher.is_idle)
+    stay(batcher, Request(2))
+
+    assert not at_once(batcher, Request(3))
+    model.open()
+    batcher.work(LONG_S)
+    batcher.close()
+    assert not at_once(batcher, Request(4))
+
+
+def test_what_comes_while_a_batch_runs_at_once_is_run_next(make_batcher):
+    late = Request(9)
+
+    def run(batch):
+        if not late.ticket.waiting and not late.outcome.done():
+            batcher.submit(late.ticket, stay=True)
+        return double(batch)
+
+    batcher = make_batcher(run)
+
+    assert at_once(batcher, Request(1))
+
+    assert late.result() == [18]
+
+
+def test_batch_that_fails_at_once_is_run_one_by_one_and_frees_its_instance(make_batcher):
+    def run(batch):
+        if 7 in batch:
+            raise ModelError("seven")
+        return double(batch)
+
+    batcher = make_batcher(run)
+    good, bad = Request(1), Request(7)
+
+    assert at_once(batcher, good, bad)
+
+    assert good.result() == [2]
+    assert isinstance(bad.error(), ModelError)
+    assert batcher.is_idle()

@@ -263,3 +263,10 @@ class Held:
 
     def tell(self):
         """Do nothing about the cancellation."""
+
+
+def test_metadata_may_come_as_pairs_and_has_text_values_only():
+    call = Call("/a/b", b"", metadata=(("x", "1"), ("y-bin", b"2"), ("z", "3")))
+
+    assert call.metadata == {"x": "1", "z": "3"}
+    assert call.metadata is call.metadata

@@ -456,3 +456,127 @@ def test_call_notes_what_the_access_log_and_traces_say_of_it(
     assert call.notes["batch_rows"] == 3
     assert float(call.notes["queue_s"]) >= 0
     assert float(call.notes["infer_s"]) > 0
+
+
+# Requests that come together
+
+
+@pytest.fixture
+def run(infer_on, open_repository, make_bundle, asked):
+    """Return a function that runs requests as one front's thread would: (calls, repository)."""
+    repository = open_repository(make_bundle().parents[1])
+    inference = infer_on(repository)
+
+    def run(*requests, longest_s=60.0, **fields):
+        calls = [asked(INFER, one.SerializeToString(), **fields) for one in requests]
+        inference.run(calls, longest_s)
+        return calls
+
+    run.inference, run.repository = inference, repository  # type: ignore[attr-defined]
+    return run
+
+
+def logits_of(call):
+    response = inference_pb2.ModelInferResponse.FromString(call.result())
+    place = [output.name for output in response.outputs].index("logits")
+    return np.frombuffer(response.raw_output_contents[place], "<f4").reshape(-1, 3)
+
+
+def executions(run):
+    (served,) = run.repository.versions()
+    return served.statistics.values()[Figure.EXECUTIONS]
+
+
+def test_requests_alike_that_come_together_are_one_call_of_the_model(run, infer, tiny):
+    run(infer(tiny.images(1)))
+    before = executions(run)
+
+    calls = run(*[infer(tiny.images(1, seed=seed)) for seed in range(8)])
+
+    assert all(call.outcome.done() for call in calls)  # by this very thread
+    assert executions(run) == before + 1
+    for seed, call in enumerate(calls):
+        np.testing.assert_array_equal(logits_of(call), tiny.logits(tiny.images(1, seed=seed)))
+
+
+def test_known_and_new_and_wrong_requests_that_come_together_get_their_own_answers(
+    run, infer, tiny
+):
+    run(infer(tiny.images(1)), infer(tiny.images(2)))
+    wrong = infer(tiny.images(1), model_name="none")
+    together = [
+        infer(tiny.images(1, seed=1)),
+        infer(tiny.images(3, seed=2)),
+        wrong,
+        infer(tiny.images(2, seed=3)),
+        infer(tiny.images(1, seed=4), id="four"),
+    ]
+
+    first, second, third, fourth, fifth = run(*together)
+
+    for call, (rows, seed) in (
+        (first, (1, 1)),
+        (second, (3, 2)),
+        (fourth, (2, 3)),
+        (fifth, (1, 4)),
+    ):
+        np.testing.assert_array_equal(logits_of(call), tiny.logits(tiny.images(rows, seed=seed)))
+    with pytest.raises(CallError) as caught:
+        third.result()
+    assert caught.value.status is Status.NOT_FOUND
+
+
+def test_more_rows_than_one_batch_may_have_are_answered_all_the_same(run, infer, tiny):
+    run(infer(tiny.images(5)))
+
+    calls = run(*[infer(tiny.images(5, seed=seed)) for seed in range(6)])  # 30 rows, 8 at most
+
+    for seed, call in enumerate(calls):
+        np.testing.assert_array_equal(logits_of(call), tiny.logits(tiny.images(5, seed=seed)))
+
+
+def test_requests_of_a_model_that_takes_long_are_answered_by_other_threads(run, infer, tiny):
+    run(infer(tiny.images(1)))
+
+    calls = run(*[infer(tiny.images(1, seed=seed)) for seed in range(4)], longest_s=0.0)
+
+    for seed, call in enumerate(calls):
+        np.testing.assert_array_equal(logits_of(call), tiny.logits(tiny.images(1, seed=seed)))
+
+
+def test_known_requests_of_two_models_that_come_together_are_both_answered(
+    infer_on, open_repository, make_bundle, asked, infer, tiny
+):
+    make_bundle(name="other", striped=100)
+    inference = infer_on(open_repository(make_bundle().parents[1]))
+    requests = [infer(tiny.images(2), model_name=name) for name in ("tiny", "other")]
+
+    for _ in range(2):  # once they are read, once they are known
+        calls = [asked(INFER, one.SerializeToString()) for one in requests * 3]
+        inference.run(calls, 60.0)
+        for number, call in enumerate(calls):
+            more = np.array([0, 0, 100 * (number % 2)], np.float32)
+            np.testing.assert_array_equal(logits_of(call), tiny.logits(tiny.images(2)) + more)
+
+
+def test_known_requests_are_refused_once_it_drains(run, infer, tiny):
+    run(infer(tiny.images(1)))
+    run.inference.drain()
+
+    (call,) = run(infer(tiny.images(1)))
+
+    with pytest.raises(CallError) as caught:
+        call.result()
+    assert str(caught.value) == f"{TOLD}{DRAINING}"
+
+
+def test_known_request_whose_time_is_over_is_not_run(run, infer, tiny):
+    run(infer(tiny.images(1)))
+    before = executions(run)
+
+    (call,) = run(infer(tiny.images(1)), deadline_s=0.0)
+
+    with pytest.raises(CallError) as caught:
+        call.result()
+    assert caught.value.status is Status.DEADLINE_EXCEEDED
+    assert executions(run) == before

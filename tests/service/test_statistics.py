@@ -4,6 +4,8 @@ import sys
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service import statistics
 from service.statistics import (
@@ -305,3 +307,20 @@ def test_file_that_is_none_of_ours_is_passed_over(tmp_path):
 def test_figures_of_workers_that_have_not_begun_are_none(tmp_path):
     assert Store(tmp_path / "not-there").snapshots() == []
     assert Store().snapshots() == []
+
+
+@given(
+    st.lists(
+        st.sampled_from([0.0, *BUCKETS[Histogram.QUEUE_S], 11.0]) | st.floats(0, 20),
+        min_size=1,
+        max_size=60,
+    )
+)
+def test_many_values_at_once_fall_where_each_of_them_would(values):
+    together, apart = Store().open("m", 1, 64), Store().open("m", 1, 64)
+
+    together._observe_all(Histogram.QUEUE_S, values)
+    for value in values:
+        apart._observe(Histogram.QUEUE_S, value)
+
+    assert list(together.values()) == pytest.approx(list(apart.values()))
