@@ -59,7 +59,9 @@ def serve(tmp_path: Path, make_bundle, tiny, front_kind) -> Iterator[Callable[..
         line = popen.stdout.readline()
         assert line.startswith("serving on "), log.read_text()
         address = line.removeprefix("serving on ").strip()
-        return Server(address, write_asked(tmp_path / "asked", tiny, address=address, **asked))
+        compressions = ["gzip", "deflate"][: 1 + (front_kind == "grpcio")]
+        given = {"address": address, "compressions": compressions, **asked}
+        return Server(address, write_asked(tmp_path / "asked", tiny, **given))
 
     yield start
     for popen in started:
@@ -70,7 +72,7 @@ def serve(tmp_path: Path, make_bundle, tiny, front_kind) -> Iterator[Callable[..
         assert "Traceback" not in log.read_text(), log.read_text()
 
 
-def write_asked(folder: Path, tiny, **asked: str) -> Path:
+def write_asked(folder: Path, tiny, **asked: str | list[str]) -> Path:
     """Write what tests.conformance.clients.asked reads."""
     (folder / "pictures").mkdir(parents=True)
     images = tiny.images(ROWS)

@@ -28,6 +28,7 @@ class Asked:
     token: str
     admin_token: str
     max_batch_rows: int
+    compressions: tuple[str, ...]  # that the server knows
     authority: str  # PEM files: who signed the server's certificate
     certificate: str  # of the client
     key: str
