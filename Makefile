@@ -52,9 +52,10 @@ bench-peers: $(STAMP) ## the same beside mosec, MLServer, KServe, LitServe, Bent
 	$(BIN)/python benchmarks/serving.py --peers $(subst $(SPACE),$(COMMA),$(PEERS)) $(ARGS)
 
 .PHONY: bench-scaling
-bench-scaling: $(STAMP) ## what instances and workers give, how cost grows with the network; the exported graph
+bench-scaling: $(STAMP) ## what instances and workers give, how cost grows; the exported graph; a request's way
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/graph.py
+	$(BIN)/python benchmarks/path.py
 
 .PHONY: stress
 stress: $(STAMP) ## what twice the load, and versions that change under load, do to requests
