@@ -511,6 +511,7 @@ def test_a_stop_does_not_wait_for_a_candidate_that_never_comes_to_an_end(
         call = stub(channel).RepositoryModelLoad.future(load, metadata=admin)
         request.addfinalizer(call.cancel)
     (trial,) = until(lambda: children(server.popen.pid))
+    until(lambda: "front: " in server.log.read_text())  # by now it listens to signals
 
     server.popen.terminate()
 
