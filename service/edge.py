@@ -55,6 +55,7 @@ class Edge:
             shared: whether other processes share the address; their parent tells the metrics.
         """
         self._access_log = settings.access_log
+        self._processes = settings.workers
         self._repository = repository
         self._figures: Metrics | None = None
         self.tracer = tracing.from_environment(package_version(PACKAGE))
@@ -93,7 +94,7 @@ class Edge:
             access=access,
             observe=observe,
             threads=threads,
-            limit_bytes=guard.limit_bytes(),
+            limit_bytes=guard.limit_bytes(self._processes),
         )
 
     def _told(self) -> bytes:

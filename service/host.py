@@ -76,12 +76,6 @@ def available_bytes(root: Path = ROOT) -> int | None:
     return _meminfo("MemAvailable:", root)
 
 
-def resident_bytes(root: Path = ROOT) -> int:
-    """Return how much memory this process has resident; 0 if the system does not tell."""
-    pages = _numbers(root / "proc" / "self" / "statm", 2)[1]
-    return (pages or 0) * os.sysconf("SC_PAGE_SIZE")
-
-
 def processor(root: Path = ROOT) -> Processor:
     """Return the first processor's name and features; all are alike on the hosts we know."""
     about: dict[str, str] = {}

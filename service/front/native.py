@@ -27,7 +27,7 @@ from service.errors import AddressError, ServiceError
 from service.front.address import UNIX, resolve
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
-from service.rpc import Rpc
+from service.rpc import INFERENCE, Rpc
 
 if TYPE_CHECKING:
     from pygrpc_native._native import CallDetails, DetailedEvent
@@ -67,8 +67,8 @@ class NativeFront:
             access: who may call.
             observe: told of every call before it is begun.
             threads: that take calls, and run models for as long as `rpc.run` does.
-            limit_bytes: of the process's memory, from which on connections are ended whose messages
-                do not come to an end; None: they never are.
+            limit_bytes: of the process's memory, from which on all connections are ended; None:
+                they never are.
         """
         self._rpc = rpc
         self._transport = transport
@@ -135,11 +135,12 @@ class NativeFront:
             )
             thread.start()
             self._threads.append(thread)
-        if transport.address.startswith(UNIX):
-            return transport.address
+        address = transport.address
+        if not address.startswith(UNIX):
+            address = f"{address.rpartition(':')[0]}:{self._front.bound_port}"
         if self._guard is not None:
-            self._guard.start(self._front.bound_port)
-        return f"{transport.address.rpartition(':')[0]}:{self._front.bound_port}"
+            self._guard.start(address)
+        return address
 
     def show_health(self, *, ready: bool, models: dict[str, bool]) -> None:
         """Say over grpc.health.v1 who may be sent requests; as the grpcio front's."""
@@ -189,8 +190,13 @@ class NativeFront:
                     left.cancel()
             self._rpc.run(calls, SHORT_S)
         except Exception as error:  # noqa: BLE001  whatever it is, the callers get an answer
-            for begun in calls:
-                begun.refuse(refusal(begun.path, error))
+            told = refusal(INFERENCE, error)
+            for _, number, *_ in events:
+                begun = self._calls.get(number)
+                if begun is None:  # it was not even made, or is over, when this has no effect
+                    front.fail(number, told.status, str(told))
+                else:
+                    begun.refuse(told)
 
     def _call(
         self, front: NativeGrpcFront, number: int, path: str, content: bytes, details: "CallDetails"
@@ -207,8 +213,6 @@ class NativeFront:
         call.calls, call.max_bytes = self._calls, self._transport.max_message_bytes
         self._calls[number] = call
         self._begun += 1
-        if self._guard is not None:
-            self._guard.handed_over(peer, len(content))
         return call
 
     def _admits(self, call: "_NativeCall") -> bool:

@@ -113,7 +113,6 @@ def test_host_that_tells_nothing_has_no_limits(tmp_path):
     assert host.memory_limit_bytes(tmp_path) is None
     assert host.memory_bytes(tmp_path) is None
     assert host.available_bytes(tmp_path) is None
-    assert host.resident_bytes(tmp_path) == 0
     assert host.cores(tmp_path) == host.affinity()
     assert host.processor(tmp_path) == Processor(platform.machine(), frozenset())
 
@@ -123,12 +122,6 @@ def test_memory_of_the_machine_is_in_bytes(make):
 
     assert host.memory_bytes(root) == 2 << 20
     assert host.available_bytes(root) == 1 << 20
-
-
-def test_memory_of_this_process_is_in_bytes(make):
-    assert host.resident_bytes(make({"proc/self/statm": "900 2 1 1 0 1 0"})) == 2 * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
 
 
 def test_processor_is_the_first_one_with_its_flags(make):
@@ -152,7 +145,6 @@ def test_processor_of_another_kind_has_its_features(make):
 def test_this_host_is_read_without_an_error():
     assert host.cores() >= 1
     assert (host.memory_bytes() or 0) > (host.available_bytes() or 0) > 0
-    assert host.resident_bytes() > 1 << 20
     assert host.processor().flags
 
 

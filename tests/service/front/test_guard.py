@@ -1,14 +1,18 @@
 """The parts of the guard; what it does to real clients of a front is tested in test_native.py."""
 
+import os
+import resource
 import socket
+import time
 
 import pytest
 
 from service import host
 from service.front import guard
-from service.front.guard import CALL_BYTES, LEAST_BYTES, MAX_PEERS, Guard
+from service.front.guard import Guard, end_connections, limit_bytes
 
 MIB = 1 << 20
+WAIT_S = 30
 
 
 @pytest.fixture
@@ -18,27 +22,21 @@ def listening():
 
 
 @pytest.fixture
-def port(listening):
-    return listening.getsockname()[1]
+def address(listening):
+    return f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 @pytest.fixture
-def connect(listening):
-    """Return a function that opens a connection: (client, accepted, the peer's name)."""
+def connect():
+    """Return a function that opens a connection to a listening socket: its client's end."""
     opened: list[socket.socket] = []
 
-    def connect(sent=0):
-        client = socket.create_connection(listening.getsockname())
-        accepted, place = listening.accept()
+    def connect(listening):
+        client = socket.socket(listening.family)
+        client.connect(listening.getsockname())
+        accepted, _ = listening.accept()
         opened.extend((client, accepted))
-        left = sent
-        while left:
-            client.sendall(bytes(min(left, 64 << 10)))
-            read = 0
-            while read < min(left, 64 << 10):
-                read += len(accepted.recv(64 << 10))
-            left -= read
-        return client, accepted, f"ipv4:{place[0]}:{place[1]}"
+        return client
 
     yield connect
     for one in opened:
@@ -53,98 +51,107 @@ def ended(client):
         return False
 
 
-def look(watching, port):
-    watching._end_largest(port, resident=0)
+def until(condition):
+    end_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
 
 
-def test_connection_that_holds_most_is_ended_and_the_others_are_not(connect, port):
-    small, _, _ = connect(sent=2 * MIB)
-    large, _, _ = connect(sent=4 * MIB)
-    watching = Guard(limit_bytes=0)
-
-    look(watching, port)
-    assert (ended(large), ended(small)) == (True, False)
-    look(watching, port)
-    assert ended(small)
+def descriptors():
+    return sorted(int(path.name) for path in guard.DESCRIPTORS.iterdir())
 
 
-def test_what_was_handed_over_is_not_held(connect, port):
-    fair, _, fair_peer = connect(sent=8 * MIB)
-    hostile, _, hostile_peer = connect(sent=3 * MIB)
-    watching = Guard(limit_bytes=0)
-    for _ in range(8):
-        watching.handed_over(fair_peer, MIB)
-    watching.handed_over(hostile_peer, MIB)
+def test_connections_to_the_address_are_ended_and_who_listens_is_not(listening, address, connect):
+    clients = [connect(listening) for _ in range(3)]
+    before = len(descriptors())
 
-    look(watching, port)
+    assert end_connections(address) == 3
 
-    assert (ended(hostile), ended(fair)) == (True, False)
+    assert all(map(ended, clients))
+    assert not ended(connect(listening))
+    assert len(descriptors()) == before + 2  # the last client's
 
 
-@pytest.mark.parametrize(("sent", "is_ended"), [(LEAST_BYTES, False), (LEAST_BYTES + 1, True)])
-def test_connection_that_holds_little_is_not_worth_ending(connect, port, sent, is_ended):
-    client, _, _ = connect(sent=sent)
+def test_connections_to_other_addresses_are_not_ended(listening, connect):
+    client = connect(listening)
 
-    look(Guard(limit_bytes=0), port)
-
-    assert ended(client) is is_ended
-
-
-def test_connections_to_other_ports_are_not_looked_at(connect, port):
-    client, _, _ = connect(sent=2 * MIB)
-    watching = Guard(limit_bytes=0)
-
-    watching._end_largest(1, resident=0)
+    assert end_connections("127.0.0.1:1") == 0
+    assert end_connections("unix:/tmp/none") == 0
 
     assert not ended(client)
 
 
-def test_looking_leaves_no_descriptor_open(connect, port):
-    for _ in range(5):
-        connect(sent=2 * MIB)
-    before = len(list(guard.DESCRIPTORS.iterdir()))
+def test_connections_of_a_socket_in_the_file_system_are_ended(tmp_path, connect):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        client = connect(listening)
 
-    for _ in range(3):
-        look(Guard(limit_bytes=0), port)
-        Guard(limit_bytes=0)._forget(port)
+        assert end_connections(f"unix:{path}") == 1
 
-    assert len(list(guard.DESCRIPTORS.iterdir())) == before
-
-
-def test_peers_that_are_gone_are_forgotten_and_those_that_are_there_are_not(connect, port):
-    _, _, peer = connect()
-    watching = Guard(limit_bytes=0)
-    for number in range(MAX_PEERS):
-        watching.handed_over(f"ipv4:192.0.2.1:{number}", 1)
-    watching.handed_over(peer, 1)
-
-    watching._forget(port)
-
-    assert dict(watching._handed) == {peer: 1 + CALL_BYTES}
+        assert ended(client)
 
 
-@pytest.mark.parametrize(
-    ("name", "peer"),
-    [
-        ("ipv4:127.0.0.1:80", ("127.0.0.1", 80)),
-        ("ipv6:[::1]:80", ("::1", 80)),
-        ("ipv6:%5B::1%5D:80", ("::1", 80)),
-        ("ipv6:[::ffff:192.0.2.1]:80", ("192.0.2.1", 80)),
-        ("unix:", ("", 0)),
-        ("unix:/tmp/a", ("", 0)),
-        ("", ("", 0)),
-    ],
-)
-def test_peer_is_read_as_the_transport_writes_it(name, peer):
-    assert guard._parsed(name) == peer
+def test_connections_are_ended_where_no_descriptor_is_left(listening, address, connect):
+    client = connect(listening)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), before[1])
+    )
+    taken = []
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert end_connections(address) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for one in taken:
+            os.close(one)
+    assert ended(client)
 
 
-def test_limit_is_a_share_of_the_memory_there_is():
-    limit, free = guard.limit_bytes(), host.available_bytes()
+def test_connections_are_ended_once_the_process_has_grown_to_its_limit(
+    listening, address, connect, caplog
+):
+    client = connect(listening)
+    watching = Guard(_own() + 64 * MIB, settle_s=0.1)
+    watching.start(address)
+    try:
+        time.sleep(0.2)  # which gives it time to do the wrong thing
+        assert not ended(client)
+        held = b"x" * (128 * MIB)
+        until(lambda: ended(client))
+        assert "ended 1 connections: this process has " in caplog.text
+
+        time.sleep(0.4)  # what is held now is nobody's message
+        other = connect(listening)
+        time.sleep(0.3)
+        assert not ended(other)
+        held += b"x" * (128 * MIB)
+        until(lambda: ended(other))
+    finally:
+        watching.stop()
+    del held
+
+
+def _own():
+    statm = os.open(guard.STATM, os.O_RDONLY)
+    try:
+        return guard._resident(statm)
+    finally:
+        os.close(statm)
+
+
+def test_limit_is_a_share_of_the_memory_there_is_for_all_processes_together():
+    limit, free = limit_bytes(1), host.available_bytes()
 
     assert limit is not None
     assert free is not None
     assert 0 < limit <= 0.6 * free
+    assert 0 < (limit_bytes(4) or 0) < limit / 3
 
 
 def test_guard_that_was_never_started_can_be_stopped():
