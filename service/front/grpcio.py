@@ -5,11 +5,14 @@ Rpc's affair, who may call `service.access`'s. Reflection is grpcio's own.
 """
 
 import asyncio
+import logging
 import math
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
@@ -25,6 +28,7 @@ from service.front.address import UNIX, resolve
 from service.front.health import Health
 from service.rpc import SERVICES, STREAM, Rpc, stream_answer, stream_refusal
 
+log = logging.getLogger(__name__)
 MAX_PENDING_CALLS = 1 << 14  # each may hold its message, though its caller left long ago
 MAX_SERVICE_CHARACTERS = 256
 SHUTDOWN_S = 0.02  # for gRPC's core to tell clients to go elsewhere
@@ -32,6 +36,7 @@ MAX_SETTLED = 8  # outcomes at a time; each takes the event loop about 0.2 ms
 # Expected seconds of a call of the model that the event loop makes itself: a few times what it
 # costs to hand a batch to another thread, and its answers back.
 SHORT_S = 0.0005
+RETRY_S, RETRIES = 0.02, 500  # to listen again, until the port is let go
 MAX_STREAMED = 64  # requests of one stream that may wait for their answers
 # gRPC's own five minutes end connections that are kept alive. Clients ping every 10 s; what a
 # network does to two pings may bring them closer together.
@@ -124,6 +129,7 @@ class GrpcioFront:
         self._observe = observe
         self._server: grpc.aio.Server | None = None
         self._health = Health()
+        self._keeper: asyncio.Task[None] | None = None
         self._readers: set[asyncio.Task[None]] = set()  # one a stream
         self._came: list[Call] = []  # in this round of the event loop
         self._holding = False
@@ -142,20 +148,52 @@ class GrpcioFront:
             SettingsError: TLS's files cannot be read or used.
         """
         self._mailbox = _Mailbox(asyncio.get_running_loop())
-        self._server = grpc.aio.server(
+        self.show_health(ready=False, models={})
+        self._server, address = await self._serve(self._transport.address)
+        self._keeper = asyncio.create_task(self._keep(address))
+        return address
+
+    async def _serve(self, address: str) -> tuple[grpc.aio.Server, str]:
+        """Return a server that listens, and its address with the port that was taken."""
+        server = grpc.aio.server(
             options=self._transport.options(),
             # It takes an eighth of a call's time.
             interceptors=[_Guard(self._access)] if self._access.wants_tokens else [],
         )
         for service in SERVICES:
-            self._server.add_generic_rpc_handlers((self._handlers(service),))
-        self._server.add_generic_rpc_handlers((_health_handlers(self._health),))
+            server.add_generic_rpc_handlers((self._handlers(service),))
+        server.add_generic_rpc_handlers((_health_handlers(self._health),))
         named = (*SERVICES, HEALTH, REFLECTION)
-        self._server.add_generic_rpc_handlers((_reflection_handlers(named, self._closed),))
-        self.show_health(ready=False, models={})
-        address = self._listen(self._server)
-        await self._server.start()
-        return address
+        server.add_generic_rpc_handlers((_reflection_handlers(named, self._closed),))
+        taken = self._listen(server, address)
+        await server.start()
+        return server, taken
+
+    async def _keep(self, address: str) -> None:
+        """Serve anew whenever gRPC's server has ended by itself.
+
+        It does where a client sends a path that is no UTF-8, and would leave a process that lives
+        and answers nobody.
+        """
+        while (server := self._server) is not None:
+            try:
+                await server.wait_for_termination()
+            except Exception as error:  # noqa: BLE001  whatever a client has done to it
+                log.error("gRPC's server has ended (%r); serving anew", error)  # noqa: TRY400
+            if self._closed.is_set():
+                return
+            await server.stop(0)
+            for _ in range(RETRIES):
+                await asyncio.sleep(RETRY_S)
+                if self._closed.is_set():
+                    return
+                with suppress(AddressError):
+                    self._server, _ = await self._serve(address)
+                    break
+            else:
+                log.critical("%s cannot be listened on any more; stopping", address)
+                signal.raise_signal(signal.SIGTERM)
+                return
 
     def show_health(self, *, ready: bool, models: dict[str, bool]) -> None:
         """Say over grpc.health.v1 who may be sent requests.
@@ -195,8 +233,8 @@ class GrpcioFront:
         """
         self._holding = True
 
-    def _listen(self, server: grpc.aio.Server) -> str:
-        address, credentials = self._transport.address, self._transport.credentials()
+    def _listen(self, server: grpc.aio.Server, address: str) -> str:
+        credentials = self._transport.credentials()
         if not address.startswith(UNIX):
             resolve(address, "--address")
         try:

@@ -73,9 +73,9 @@ def drop_bias(model, weights):
 
 
 def double_scale(model, weights):
-    scale = next(one for one in weights if np.allclose(numpy_helper.to_array(one), 1 / 255))
-    doubled = numpy_helper.to_array(scale) * np.float32(2)
-    scale.CopyFrom(numpy_helper.from_array(doubled, scale.name))
+    kernel = next(one for one in weights if numpy_helper.to_array(one).ndim == 4)  # it is in there
+    doubled = numpy_helper.to_array(kernel) * np.float32(2)
+    kernel.CopyFrom(numpy_helper.from_array(doubled, kernel.name))
 
 
 def flip_exponent_bit(model, weights):

@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -759,7 +760,7 @@ class Http2:
             "grpc-encoding": encoding,
         }
         block = b"".join(
-            b"\0" + bytes([len(key)]) + key.encode() + bytes([len(value)]) + value.encode()
+            b"\0" + bytes([len(key)]) + key.encode() + bytes([len(value)]) + value.encode("latin-1")
             for key, value in headers.items()
         )
         self._send(HEADERS, 4, 1, block)
@@ -781,6 +782,13 @@ class Http2:
                 self._send(SETTINGS, 1, 0, b"")
             if frame[3] == kind:
                 return frame[9:]
+
+    def read_to_the_end(self):
+        """Read until the server closes the connection, or says nothing more."""
+        self._socket.settimeout(1)
+        with suppress(TimeoutError, OSError):
+            while self._socket.recv(65_536):
+                pass
 
     def _length(self):
         return int.from_bytes(self._received[:3], "big")
@@ -1133,6 +1141,20 @@ def test_file_of_tls_that_cannot_be_read_is_refused(listen, pairs, tmp_path, mis
 
 
 # Limits
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_path_that_is_no_text_ends_no_server(listen, dial, times):
+    address = listen(Fake())
+    assert alive(dial(address))
+
+    for _ in range(times):
+        with Http2(address) as client:
+            client.call("/\xff", b"")
+            client.read_to_the_end()
+        live = dial(address).unary_unary(LIVE)
+        assert live(b"", timeout=WAIT_S, wait_for_ready=True) == ALIVE
+        assert health(dial(address)) == "SERVING"
 
 
 def test_message_at_the_limit_is_taken_and_a_byte_more_is_refused_either_way(listen, dial):

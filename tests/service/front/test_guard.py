@@ -97,9 +97,7 @@ def test_connections_of_a_socket_in_the_file_system_are_ended(tmp_path, connect)
 def test_connections_are_ended_where_no_descriptor_is_left(listening, address, connect):
     client = connect(listening)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), before[1])
-    )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors()[-1], before[1]))
     taken = []
     try:
         with pytest.raises(OSError, match="Too many open files"):
