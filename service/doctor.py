@@ -16,6 +16,7 @@ from pathlib import Path
 from service import access, aliases, bundle, host, model_config, tls, tracing
 from service.errors import BundleError, ServiceError
 from service.front.address import resolve
+from service.front.choice import choose
 from service.model_config import ModelOptions
 from service.settings import ENVIRONMENT_PREFIX, PROVIDERS, Settings
 
@@ -244,6 +245,11 @@ def _telemetry(area: str, _: Settings, __: Path) -> Iterator[Finding]:
     yield Finding(area, f"{wanted}, the extra telemetry is {there}", advice, ok=not missing)
 
 
+def _front(area: str, settings: Settings, _: Path) -> Iterator[Finding]:
+    chosen = choose(settings)
+    yield Finding(area, f"{chosen.front}, because {chosen.reason}")
+
+
 EXAMINATIONS: dict[str, Callable[[str, Settings, Path], Iterator[Finding]]] = {
     "cores": _cores,
     "memory": _memory,
@@ -251,6 +257,7 @@ EXAMINATIONS: dict[str, Callable[[str, Settings, Path], Iterator[Finding]]] = {
     "onnxruntime": _runtime,
     "calls": _calls,
     "address": _address,
+    "front": _front,
     "metrics address": _address,
     "TLS": _certificate,
     "TLS client authority": _authority,

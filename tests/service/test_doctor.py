@@ -181,6 +181,19 @@ def test_calls_that_would_take_more_cores_than_there_are_are_told(
     assert bool(one.advice) is not ok
 
 
+def test_front_is_told_with_its_reason_and_one_that_cannot_be_had_is_to_be_mended(examine):
+    (local,) = examine("front")
+    (reached,) = examine("front", address="0.0.0.0:0")
+    (wrong,) = examine("front", front="native", max_connection_age_s=9.0)
+
+    assert local.found == "native, because only this host reaches 127.0.0.1:0"
+    assert reached.found == "grpcio, because others than this host reach 0.0.0.0:0"
+    assert (wrong.ok, wrong.found) == (
+        False,
+        "front is 'native', but it does not limit a connection's age; choose auto or grpcio",
+    )
+
+
 @pytest.mark.parametrize("option", ["address", "metrics_address"])
 def test_address_that_is_in_use_is_told(examine, option):
     area, flag = option.replace("_", " "), f"--{option.replace('_', '-')}"
