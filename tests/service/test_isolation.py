@@ -59,6 +59,8 @@ class Asker:
 
     async def run(self, address: str) -> inference_pb2.ModelStatistics:
         async with grpc.aio.insecure_channel(address) as channel:
+            # gRPC's client may never end a call whose deadline passes while it connects.
+            await channel.channel_ready()
             self.infer: Any = channel.unary_unary(METHOD)
             await asyncio.gather(*(self.work() for _ in range(IN_FLIGHT)))
             stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
