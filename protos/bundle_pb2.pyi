@@ -63,6 +63,7 @@ class BundleManifest(_message.Message):
     PARITY_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    TEST_DISTRIBUTION_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """Layout of the bundle; this is format 1. A reader refuses a number it does not know."""
     name: _builtins.str
@@ -104,6 +105,10 @@ class BundleManifest(_message.Message):
 
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
+    @_builtins.property
+    def test_distribution(self) -> Global___TestDistribution:
+        """What live traffic is held against to see whether it has drifted; unset in older bundles."""
+
     def __init__(
         self,
         *,
@@ -123,10 +128,11 @@ class BundleManifest(_message.Message):
         parity: _abc.Iterable[Global___ParityReport] | None = ...,
         served: Global___ParityReport | None = ...,
         provenance: Global___Provenance | None = ...,
+        test_distribution: Global___TestDistribution | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "evaluation", b"evaluation", "input", b"input", "provenance", b"provenance", "served", b"served", "session", b"session", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "evaluation", b"evaluation", "input", b"input", "provenance", b"provenance", "served", b"served", "session", b"session", "test_distribution", b"test_distribution", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "evaluation", b"evaluation", "files", b"files", "format", b"format", "input", b"input", "kind", b"kind", "labels", b"labels", "name", b"name", "outputs", b"outputs", "parity", b"parity", "provenance", b"provenance", "served", b"served", "served_variant", b"served_variant", "session", b"session", "training", b"training", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "evaluation", b"evaluation", "files", b"files", "format", b"format", "input", b"input", "kind", b"kind", "labels", b"labels", "name", b"name", "outputs", b"outputs", "parity", b"parity", "provenance", b"provenance", "served", b"served", "served_variant", b"served_variant", "session", b"session", "test_distribution", b"test_distribution", "training", b"training", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -702,6 +708,40 @@ class Hostile(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hostile: _TypeAlias = Hostile  # noqa: Y015
+
+@_typing.final
+class TestDistribution(_message.Message):
+    """How the test images, and what the original says of them, are distributed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    PIXEL_MEAN_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    confidence: _builtins.float
+    """Mean of the original's highest probability."""
+    @_builtins.property
+    def predicted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Images by the class that the original gives the highest logit, in the order of the labels."""
+
+    @_builtins.property
+    def pixel_mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Images by their mean pixel, in bins of equal width from 0 to 255; empty for other inputs."""
+
+    def __init__(
+        self,
+        *,
+        predicted: _abc.Iterable[_builtins.int] | None = ...,
+        pixel_mean: _abc.Iterable[_builtins.int] | None = ...,
+        confidence: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "pixel_mean", b"pixel_mean", "predicted", b"predicted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TestDistribution: _TypeAlias = TestDistribution  # noqa: Y015
 
 @_typing.final
 class Provenance(_message.Message):

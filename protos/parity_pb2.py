@@ -25,21 +25,35 @@ _sym_db = _symbol_database.Default()
 from protos import bundle_pb2 as protos_dot_bundle__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/parity.proto\x12\x0ftrain_export.v1\x1a\x13protos/bundle.proto\"2\n\x10GetParityRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"E\n\x11GetParityResponse\x12\x30\n\x08versions\x18\x01 \x03(\x0b\x32\x1e.train_export.v1.VersionParity\"\xbf\x01\n\rVersionParity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12/\n\x08variants\x18\x03 \x03(\x0b\x32\x1d.train_export.v1.ParityReport\x12-\n\x06served\x18\x04 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12.\n\nself_check\x18\x05 \x01(\x0b\x32\x1a.train_export.v1.SelfCheck\"\x8d\x01\n\tSelfCheck\x12-\n\x06report\x18\x01 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12\x0f\n\x07\x63hecked\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0b\n\x03\x63pu\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x11\n\tproviders\x18\x06 \x03(\t2c\n\rParityService\x12R\n\tGetParity\x12!.train_export.v1.GetParityRequest\x1a\".train_export.v1.GetParityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/parity.proto\x12\x0ftrain_export.v1\x1a\x13protos/bundle.proto\"%\n\x14SampleTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x82\x01\n\x0bSampledRows\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\rparent_sha256\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\r\n\x05input\x18\x05 \x01(\x0c\x12\x0e\n\x06output\x18\x06 \x01(\x0c\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\"}\n\x13ReportShadowRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\rparent_sha256\x18\x03 \x01(\t\x12/\n\x07\x66igures\x18\x04 \x01(\x0b\x32\x1e.train_export.v1.ShadowFigures\"\x16\n\x14ReportShadowResponse\"\xc6\x01\n\rShadowFigures\x12\x0c\n\x04rows\x18\x01 \x01(\x04\x12\x0e\n\x06\x61greed\x18\x02 \x01(\x04\x12\x17\n\x0f\x66lips_explained\x18\x03 \x01(\x04\x12\x19\n\x11\x66lips_unexplained\x18\x04 \x01(\x04\x12\x11\n\tmax_logit\x18\x05 \x01(\x01\x12\x11\n\tsum_logit\x18\x06 \x01(\x01\x12\x16\n\x0esum_confidence\x18\x07 \x01(\x01\x12\x11\n\tpredicted\x18\x08 \x03(\x04\x12\x12\n\npixel_mean\x18\t \x03(\x04\"\xf8\x02\n\nLiveParity\x12-\n\x05total\x18\x01 \x01(\x0b\x32\x1e.train_export.v1.ShadowFigures\x12.\n\x06window\x18\x02 \x01(\x0b\x32\x1e.train_export.v1.ShadowFigures\x12\x10\n\x08window_s\x18\x03 \x01(\x01\x12-\n\x07verdict\x18\x04 \x01(\x0e\x32\x1c.train_export.v1.LiveVerdict\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12\'\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x17.train_export.v1.Budget\x12\x1a\n\rpredicted_psi\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0epixel_mean_psi\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x08reported\x18\t \x01(\t\x12\x0f\n\x07sampled\x18\n \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x0b \x01(\x04\x42\x10\n\x0e_predicted_psiB\x11\n\x0f_pixel_mean_psi\"2\n\x10GetParityRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"E\n\x11GetParityResponse\x12\x30\n\x08versions\x18\x01 \x03(\x0b\x32\x1e.train_export.v1.VersionParity\"\xea\x01\n\rVersionParity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12/\n\x08variants\x18\x03 \x03(\x0b\x32\x1d.train_export.v1.ParityReport\x12-\n\x06served\x18\x04 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12.\n\nself_check\x18\x05 \x01(\x0b\x32\x1a.train_export.v1.SelfCheck\x12)\n\x04live\x18\x06 \x01(\x0b\x32\x1b.train_export.v1.LiveParity\"\xd2\x01\n\tSelfCheck\x12-\n\x06report\x18\x01 \x01(\x0b\x32\x1d.train_export.v1.ParityReport\x12\x0f\n\x07\x63hecked\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0b\n\x03\x63pu\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x11\n\tproviders\x18\x06 \x03(\t\x12\x11\n\tcpu_flags\x18\x07 \x03(\t\x12\x30\n\x07session\x18\x08 \x01(\x0b\x32\x1f.train_export.v1.SessionOptions*]\n\x0bLiveVerdict\x12\x1c\n\x18LIVE_VERDICT_UNSPECIFIED\x10\x00\x12\x17\n\x13LIVE_VERDICT_PASSED\x10\x01\x12\x17\n\x13LIVE_VERDICT_FAILED\x10\x02\x32\xf1\x02\n\rParityService\x12R\n\tGetParity\x12!.train_export.v1.GetParityRequest\x1a\".train_export.v1.GetParityResponse\x12W\n\x0cStreamParity\x12!.train_export.v1.GetParityRequest\x1a\".train_export.v1.GetParityResponse0\x01\x12V\n\rSampleTraffic\x12%.train_export.v1.SampleTrafficRequest\x1a\x1c.train_export.v1.SampledRows0\x01\x12[\n\x0cReportShadow\x12$.train_export.v1.ReportShadowRequest\x1a%.train_export.v1.ReportShadowResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.parity_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETPARITYREQUEST']._serialized_start=61
-  _globals['_GETPARITYREQUEST']._serialized_end=111
-  _globals['_GETPARITYRESPONSE']._serialized_start=113
-  _globals['_GETPARITYRESPONSE']._serialized_end=182
-  _globals['_VERSIONPARITY']._serialized_start=185
-  _globals['_VERSIONPARITY']._serialized_end=376
-  _globals['_SELFCHECK']._serialized_start=379
-  _globals['_SELFCHECK']._serialized_end=520
-  _globals['_PARITYSERVICE']._serialized_start=522
-  _globals['_PARITYSERVICE']._serialized_end=621
+  _globals['_LIVEVERDICT']._serialized_start=1537
+  _globals['_LIVEVERDICT']._serialized_end=1630
+  _globals['_SAMPLETRAFFICREQUEST']._serialized_start=61
+  _globals['_SAMPLETRAFFICREQUEST']._serialized_end=98
+  _globals['_SAMPLEDROWS']._serialized_start=101
+  _globals['_SAMPLEDROWS']._serialized_end=231
+  _globals['_REPORTSHADOWREQUEST']._serialized_start=233
+  _globals['_REPORTSHADOWREQUEST']._serialized_end=358
+  _globals['_REPORTSHADOWRESPONSE']._serialized_start=360
+  _globals['_REPORTSHADOWRESPONSE']._serialized_end=382
+  _globals['_SHADOWFIGURES']._serialized_start=385
+  _globals['_SHADOWFIGURES']._serialized_end=583
+  _globals['_LIVEPARITY']._serialized_start=586
+  _globals['_LIVEPARITY']._serialized_end=962
+  _globals['_GETPARITYREQUEST']._serialized_start=964
+  _globals['_GETPARITYREQUEST']._serialized_end=1014
+  _globals['_GETPARITYRESPONSE']._serialized_start=1016
+  _globals['_GETPARITYRESPONSE']._serialized_end=1085
+  _globals['_VERSIONPARITY']._serialized_start=1088
+  _globals['_VERSIONPARITY']._serialized_end=1322
+  _globals['_SELFCHECK']._serialized_start=1325
+  _globals['_SELFCHECK']._serialized_end=1535
+  _globals['_PARITYSERVICE']._serialized_start=1633
+  _globals['_PARITYSERVICE']._serialized_end=2002
 # @@protoc_insertion_point(module_scope)

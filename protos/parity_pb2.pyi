@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from protos import bundle_pb2 as _bundle_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,260 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _LiveVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LiveVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LiveVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LIVE_VERDICT_UNSPECIFIED: _LiveVerdict.ValueType  # 0
+    """No shadow has reported within the window."""
+    LIVE_VERDICT_PASSED: _LiveVerdict.ValueType  # 1
+    LIVE_VERDICT_FAILED: _LiveVerdict.ValueType  # 2
+
+class LiveVerdict(_LiveVerdict, metaclass=_LiveVerdictEnumTypeWrapper): ...
+
+LIVE_VERDICT_UNSPECIFIED: LiveVerdict.ValueType  # 0
+"""No shadow has reported within the window."""
+LIVE_VERDICT_PASSED: LiveVerdict.ValueType  # 1
+LIVE_VERDICT_FAILED: LiveVerdict.ValueType  # 2
+Global___LiveVerdict: _TypeAlias = LiveVerdict  # noqa: Y015
+
+@_typing.final
+class SampleTrafficRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Unset: every model."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleTrafficRequest: _TypeAlias = SampleTrafficRequest  # noqa: Y015
+
+@_typing.final
+class SampledRows(_message.Message):
+    """Rows of one version, as it was asked and as it answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PARENT_SHA256_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    version: _builtins.str
+    parent_sha256: _builtins.str
+    """Of the version's manifest: the .keras file that its original is."""
+    rows: _builtins.int
+    input: _builtins.bytes
+    """The rows of the model's input as on the wire: raw, row-major, little-endian."""
+    output: _builtins.bytes
+    """The rows of the output that parity is measured on, float32 in the same way."""
+    dropped: _builtins.int
+    """How many rows of this version were dropped before these, since the call began."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        parent_sha256: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        input: _builtins.bytes = ...,
+        output: _builtins.bytes = ...,
+        dropped: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "input", b"input", "model", b"model", "output", b"output", "parent_sha256", b"parent_sha256", "rows", b"rows", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampledRows: _TypeAlias = SampledRows  # noqa: Y015
+
+@_typing.final
+class ReportShadowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PARENT_SHA256_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    version: _builtins.str
+    parent_sha256: _builtins.str
+    """Of the original that answered; the server refuses another than the version's own."""
+    @_builtins.property
+    def figures(self) -> Global___ShadowFigures: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        parent_sha256: _builtins.str = ...,
+        figures: Global___ShadowFigures | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "model", b"model", "parent_sha256", b"parent_sha256", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportShadowRequest: _TypeAlias = ReportShadowRequest  # noqa: Y015
+
+@_typing.final
+class ReportShadowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportShadowResponse: _TypeAlias = ReportShadowResponse  # noqa: Y015
+
+@_typing.final
+class ShadowFigures(_message.Message):
+    """Sampled rows held against the original. Figures of other rows can be added: sums are summed,
+    max_logit is the larger one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    FLIPS_EXPLAINED_FIELD_NUMBER: _builtins.int
+    FLIPS_UNEXPLAINED_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_FIELD_NUMBER: _builtins.int
+    SUM_LOGIT_FIELD_NUMBER: _builtins.int
+    SUM_CONFIDENCE_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    PIXEL_MEAN_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    agreed: _builtins.int
+    """Both give the same top-1 class."""
+    flips_explained: _builtins.int
+    flips_unexplained: _builtins.int
+    max_logit: _builtins.float
+    """Largest absolute difference of a logit; NaN and infinity count as infinity."""
+    sum_logit: _builtins.float
+    """Of each row's mean absolute difference of a logit."""
+    sum_confidence: _builtins.float
+    """Of each row's highest probability, as served."""
+    @_builtins.property
+    def predicted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows by the class that was served, in the order of the labels."""
+
+    @_builtins.property
+    def pixel_mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows by their mean pixel, in the bins of TestDistribution."""
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        agreed: _builtins.int = ...,
+        flips_explained: _builtins.int = ...,
+        flips_unexplained: _builtins.int = ...,
+        max_logit: _builtins.float = ...,
+        sum_logit: _builtins.float = ...,
+        sum_confidence: _builtins.float = ...,
+        predicted: _abc.Iterable[_builtins.int] | None = ...,
+        pixel_mean: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "flips_explained", b"flips_explained", "flips_unexplained", b"flips_unexplained", "max_logit", b"max_logit", "pixel_mean", b"pixel_mean", "predicted", b"predicted", "rows", b"rows", "sum_confidence", b"sum_confidence", "sum_logit", b"sum_logit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowFigures: _TypeAlias = ShadowFigures  # noqa: Y015
+
+@_typing.final
+class LiveParity(_message.Message):
+    """What a shadow has reported of this version since it was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    PREDICTED_PSI_FIELD_NUMBER: _builtins.int
+    PIXEL_MEAN_PSI_FIELD_NUMBER: _builtins.int
+    REPORTED_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    window_s: _builtins.float
+    verdict: Global___LiveVerdict.ValueType
+    """Of the window."""
+    failure: _builtins.str
+    """Why it failed; unset otherwise."""
+    predicted_psi: _builtins.float
+    """Population stability index of the window against the test set; unset below 500 rows or where
+    the manifest has no distribution. 0.1 is little, 0.25 is much.
+    """
+    pixel_mean_psi: _builtins.float
+    reported: _builtins.str
+    """RFC 3339, UTC; when a shadow last reported."""
+    sampled: _builtins.int
+    """Rows handed to shadows, and rows they were too slow for."""
+    dropped: _builtins.int
+    @_builtins.property
+    def total(self) -> Global___ShadowFigures: ...
+    @_builtins.property
+    def window(self) -> Global___ShadowFigures:
+        """Of what was reported in the last window_s seconds."""
+
+    @_builtins.property
+    def budget(self) -> _bundle_pb2.Budget: ...
+    def __init__(
+        self,
+        *,
+        total: Global___ShadowFigures | None = ...,
+        window: Global___ShadowFigures | None = ...,
+        window_s: _builtins.float = ...,
+        verdict: Global___LiveVerdict.ValueType = ...,
+        failure: _builtins.str = ...,
+        budget: _bundle_pb2.Budget | None = ...,
+        predicted_psi: _builtins.float | None = ...,
+        pixel_mean_psi: _builtins.float | None = ...,
+        reported: _builtins.str = ...,
+        sampled: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pixel_mean_psi", b"_pixel_mean_psi", "_predicted_psi", b"_predicted_psi", "budget", b"budget", "pixel_mean_psi", b"pixel_mean_psi", "predicted_psi", b"predicted_psi", "total", b"total", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pixel_mean_psi", b"_pixel_mean_psi", "_predicted_psi", b"_predicted_psi", "budget", b"budget", "dropped", b"dropped", "failure", b"failure", "pixel_mean_psi", b"pixel_mean_psi", "predicted_psi", b"predicted_psi", "reported", b"reported", "sampled", b"sampled", "total", b"total", "verdict", b"verdict", "window", b"window", "window_s", b"window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pixel_mean_psi: _TypeAlias = _typing.Literal["pixel_mean_psi"]  # noqa: Y015
+    _WhichOneofArgType__pixel_mean_psi: _TypeAlias = _typing.Literal["_pixel_mean_psi", b"_pixel_mean_psi"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_psi: _TypeAlias = _typing.Literal["predicted_psi"]  # noqa: Y015
+    _WhichOneofArgType__predicted_psi: _TypeAlias = _typing.Literal["_predicted_psi", b"_predicted_psi"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pixel_mean_psi) -> _WhichOneofReturnType__pixel_mean_psi | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_psi) -> _WhichOneofReturnType__predicted_psi | None: ...
+
+Global___LiveParity: _TypeAlias = LiveParity  # noqa: Y015
 
 @_typing.final
 class GetParityRequest(_message.Message):
@@ -74,6 +329,7 @@ class VersionParity(_message.Message):
     VARIANTS_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
     SELF_CHECK_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     version: _builtins.str
     @_builtins.property
@@ -88,6 +344,10 @@ class VersionParity(_message.Message):
     def self_check(self) -> Global___SelfCheck:
         """Measured on this host when this server loaded the version."""
 
+    @_builtins.property
+    def live(self) -> Global___LiveParity:
+        """Unset until a shadow has reported."""
+
     def __init__(
         self,
         *,
@@ -96,10 +356,11 @@ class VersionParity(_message.Message):
         variants: _abc.Iterable[_bundle_pb2.ParityReport] | None = ...,
         served: _bundle_pb2.ParityReport | None = ...,
         self_check: Global___SelfCheck | None = ...,
+        live: Global___LiveParity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["self_check", b"self_check", "served", b"served"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["live", b"live", "self_check", b"self_check", "served", b"served"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "self_check", b"self_check", "served", b"served", "variants", b"variants", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["live", b"live", "model", b"model", "self_check", b"self_check", "served", b"served", "variants", b"variants", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -117,6 +378,8 @@ class SelfCheck(_message.Message):
     CPU_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     PROVIDERS_FIELD_NUMBER: _builtins.int
+    CPU_FLAGS_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     checked: _builtins.str
     """RFC 3339, UTC."""
     seconds: _builtins.float
@@ -130,6 +393,14 @@ class SelfCheck(_message.Message):
     def providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """onnxruntime's execution providers, in the order in which they are asked."""
 
+    @_builtins.property
+    def cpu_flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The processor's instruction sets that onnxruntime's kernels differ by, such as avx2."""
+
+    @_builtins.property
+    def session(self) -> _bundle_pb2.SessionOptions:
+        """What model.onnx was loaded with."""
+
     def __init__(
         self,
         *,
@@ -139,10 +410,12 @@ class SelfCheck(_message.Message):
         cpu: _builtins.str = ...,
         threads: _builtins.int = ...,
         providers: _abc.Iterable[_builtins.str] | None = ...,
+        cpu_flags: _abc.Iterable[_builtins.str] | None = ...,
+        session: _bundle_pb2.SessionOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "cpu", b"cpu", "providers", b"providers", "report", b"report", "seconds", b"seconds", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "cpu", b"cpu", "cpu_flags", b"cpu_flags", "providers", b"providers", "report", b"report", "seconds", b"seconds", "session", b"session", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

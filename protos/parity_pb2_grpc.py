@@ -39,6 +39,21 @@ class ParityServiceStub:
                 request_serializer=protos_dot_parity__pb2.GetParityRequest.SerializeToString,
                 response_deserializer=protos_dot_parity__pb2.GetParityResponse.FromString,
                 _registered_method=True)
+        self.StreamParity = channel.unary_stream(
+                '/train_export.v1.ParityService/StreamParity',
+                request_serializer=protos_dot_parity__pb2.GetParityRequest.SerializeToString,
+                response_deserializer=protos_dot_parity__pb2.GetParityResponse.FromString,
+                _registered_method=True)
+        self.SampleTraffic = channel.unary_stream(
+                '/train_export.v1.ParityService/SampleTraffic',
+                request_serializer=protos_dot_parity__pb2.SampleTrafficRequest.SerializeToString,
+                response_deserializer=protos_dot_parity__pb2.SampledRows.FromString,
+                _registered_method=True)
+        self.ReportShadow = channel.unary_unary(
+                '/train_export.v1.ParityService/ReportShadow',
+                request_serializer=protos_dot_parity__pb2.ReportShadowRequest.SerializeToString,
+                response_deserializer=protos_dot_parity__pb2.ReportShadowResponse.FromString,
+                _registered_method=True)
 
 
 class ParityServiceServicer:
@@ -51,6 +66,28 @@ class ParityServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamParity(self, request, context):
+        """The same at once, and again whenever it has changed, until the caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SampleTraffic(self, request, context):
+        """Rows that were answered since the call began, at the server's rate; FAILED_PRECONDITION where
+        that is 0. What a caller is too slow to take is dropped and counted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportShadow(self, request, context):
+        """What became of sampled rows that the original has answered too. Added to what is live.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ParityServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +95,21 @@ def add_ParityServiceServicer_to_server(servicer, server):
                     servicer.GetParity,
                     request_deserializer=protos_dot_parity__pb2.GetParityRequest.FromString,
                     response_serializer=protos_dot_parity__pb2.GetParityResponse.SerializeToString,
+            ),
+            'StreamParity': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamParity,
+                    request_deserializer=protos_dot_parity__pb2.GetParityRequest.FromString,
+                    response_serializer=protos_dot_parity__pb2.GetParityResponse.SerializeToString,
+            ),
+            'SampleTraffic': grpc.unary_stream_rpc_method_handler(
+                    servicer.SampleTraffic,
+                    request_deserializer=protos_dot_parity__pb2.SampleTrafficRequest.FromString,
+                    response_serializer=protos_dot_parity__pb2.SampledRows.SerializeToString,
+            ),
+            'ReportShadow': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportShadow,
+                    request_deserializer=protos_dot_parity__pb2.ReportShadowRequest.FromString,
+                    response_serializer=protos_dot_parity__pb2.ReportShadowResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +139,87 @@ class ParityService:
             '/train_export.v1.ParityService/GetParity',
             protos_dot_parity__pb2.GetParityRequest.SerializeToString,
             protos_dot_parity__pb2.GetParityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamParity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/train_export.v1.ParityService/StreamParity',
+            protos_dot_parity__pb2.GetParityRequest.SerializeToString,
+            protos_dot_parity__pb2.GetParityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SampleTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/train_export.v1.ParityService/SampleTraffic',
+            protos_dot_parity__pb2.SampleTrafficRequest.SerializeToString,
+            protos_dot_parity__pb2.SampledRows.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportShadow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/train_export.v1.ParityService/ReportShadow',
+            protos_dot_parity__pb2.ReportShadowRequest.SerializeToString,
+            protos_dot_parity__pb2.ReportShadowResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,12 +33,28 @@ class ParityServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ParityServiceAsyncStub: ...
     GetParity: _grpc.UnaryUnaryMultiCallable[_parity_pb2.GetParityRequest, _parity_pb2.GetParityResponse]
     """Parity of every loaded version that matches; NOT_FOUND when a named one is not loaded."""
+    StreamParity: _grpc.UnaryStreamMultiCallable[_parity_pb2.GetParityRequest, _parity_pb2.GetParityResponse]
+    """The same at once, and again whenever it has changed, until the caller leaves."""
+    SampleTraffic: _grpc.UnaryStreamMultiCallable[_parity_pb2.SampleTrafficRequest, _parity_pb2.SampledRows]
+    """Rows that were answered since the call began, at the server's rate; FAILED_PRECONDITION where
+    that is 0. What a caller is too slow to take is dropped and counted.
+    """
+    ReportShadow: _grpc.UnaryUnaryMultiCallable[_parity_pb2.ReportShadowRequest, _parity_pb2.ReportShadowResponse]
+    """What became of sampled rows that the original has answered too. Added to what is live."""
 
 @_typing.type_check_only
 class ParityServiceAsyncStub(ParityServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetParity: _aio.UnaryUnaryMultiCallable[_parity_pb2.GetParityRequest, _parity_pb2.GetParityResponse]  # type: ignore[assignment]
     """Parity of every loaded version that matches; NOT_FOUND when a named one is not loaded."""
+    StreamParity: _aio.UnaryStreamMultiCallable[_parity_pb2.GetParityRequest, _parity_pb2.GetParityResponse]  # type: ignore[assignment]
+    """The same at once, and again whenever it has changed, until the caller leaves."""
+    SampleTraffic: _aio.UnaryStreamMultiCallable[_parity_pb2.SampleTrafficRequest, _parity_pb2.SampledRows]  # type: ignore[assignment]
+    """Rows that were answered since the call began, at the server's rate; FAILED_PRECONDITION where
+    that is 0. What a caller is too slow to take is dropped and counted.
+    """
+    ReportShadow: _aio.UnaryUnaryMultiCallable[_parity_pb2.ReportShadowRequest, _parity_pb2.ReportShadowResponse]  # type: ignore[assignment]
+    """What became of sampled rows that the original has answered too. Added to what is live."""
 
 class ParityServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -48,5 +64,31 @@ class ParityServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_parity_pb2.GetParityResponse, _abc.Awaitable[_parity_pb2.GetParityResponse]]:
         """Parity of every loaded version that matches; NOT_FOUND when a named one is not loaded."""
+
+    @_abc_1.abstractmethod
+    def StreamParity(
+        self,
+        request: _parity_pb2.GetParityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_parity_pb2.GetParityResponse], _abc.AsyncIterator[_parity_pb2.GetParityResponse]]:
+        """The same at once, and again whenever it has changed, until the caller leaves."""
+
+    @_abc_1.abstractmethod
+    def SampleTraffic(
+        self,
+        request: _parity_pb2.SampleTrafficRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_parity_pb2.SampledRows], _abc.AsyncIterator[_parity_pb2.SampledRows]]:
+        """Rows that were answered since the call began, at the server's rate; FAILED_PRECONDITION where
+        that is 0. What a caller is too slow to take is dropped and counted.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportShadow(
+        self,
+        request: _parity_pb2.ReportShadowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_parity_pb2.ReportShadowResponse, _abc.Awaitable[_parity_pb2.ReportShadowResponse]]:
+        """What became of sampled rows that the original has answered too. Added to what is live."""
 
 def add_ParityServiceServicer_to_server(servicer: ParityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

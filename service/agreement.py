@@ -5,12 +5,13 @@ original TensorFlow model is the *reference*, what is held against it the *candi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protos import bundle_pb2
+from protos import bundle_pb2, parity_pb2
 
 Logits = NDArray[np.float32]  # (rows, classes)
 Labels = NDArray[np.integer]  # (rows,), the index of the true class
@@ -20,6 +21,8 @@ Labels = NDArray[np.integer]  # (rows,), the index of the true class
 COEFFICIENT = {"float32": 1e-5, "float16": 2e-3, "int8": 5e-2}
 INT8_MIN_AGREEMENT = 0.99
 INT8_MAX_ACCURACY_DROP = 0.003
+PIXEL_BINS = 16  # of images by their mean pixel
+MIN_SHARE = 1e-4  # of a bin in a stability index, which is infinite where one is empty
 WILSON_Z = 1.959964  # 97.5th percentile of the normal distribution: a 95 % interval
 
 
@@ -159,6 +162,114 @@ def judge(report: bundle_pb2.ParityReport) -> None:
     """
     report.failure = _failure(report)
     report.passed = not report.failure
+
+
+def figures(
+    reference: NDArray[np.floating],
+    served: NDArray[np.floating],
+    inputs: NDArray[np.generic],
+    *,
+    allowed: Budget,
+    classes: bool = True,
+) -> parity_pb2.ShadowFigures:
+    """Count what rows that were served have in common with the original's answers to them.
+
+    Args:
+        reference: the original's logits, or other outputs, (rows, ...); at least one row.
+        served: the same rows as they were answered.
+        inputs: the same rows as they were asked.
+        allowed: the budget that tells explained flips from others.
+        classes: whether the outputs are logits.
+
+    Raises:
+        ValueError: the outputs do not have the same shape, or no rows.
+    """
+    if reference.shape != served.shape or not len(reference) or len(inputs) != len(reference):
+        raise ValueError(
+            f"{len(inputs)} rows were served {served.shape}, the original says {reference.shape}"
+        )
+    rows = len(reference)
+    with np.errstate(all="ignore"):  # what is not finite is counted as infinite
+        apart = np.abs(reference.astype(np.float64) - served.astype(np.float64)).reshape(rows, -1)
+        apart = np.where(np.isfinite(apart), apart, np.inf)
+        found = parity_pb2.ShadowFigures(
+            rows=rows,
+            agreed=rows,
+            max_logit=float(apart.max()),
+            sum_logit=float(apart.mean(axis=1).sum()),
+            pixel_mean=pixel_histogram(inputs),
+        )
+        if classes:
+            top = served.argmax(axis=1)
+            flipped = reference.argmax(axis=1) != top
+            explained = flipped & (margins(reference) <= 2 * allowed.max_logit)
+            found.agreed = rows - int(flipped.sum())
+            found.flips_explained = int(explained.sum())
+            found.flips_unexplained = int((flipped & ~explained).sum())
+            found.sum_confidence = float(softmax(served).max(axis=1).sum())
+            found.predicted.extend(np.bincount(top, minlength=served.shape[1]).tolist())
+    return found
+
+
+def add(total: parity_pb2.ShadowFigures, more: parity_pb2.ShadowFigures) -> None:
+    """Add figures of other rows to a total.
+
+    Raises:
+        ValueError: they have another number of classes or bins.
+    """
+    for mine, theirs in ((total.predicted, more.predicted), (total.pixel_mean, more.pixel_mean)):
+        if not mine:
+            mine.extend(theirs)
+        elif len(mine) != len(theirs):
+            raise ValueError(f"the figures have {len(theirs)} classes or bins, not {len(mine)}")
+        else:
+            mine[:] = [one + other for one, other in zip(mine, theirs, strict=True)]
+    total.rows += more.rows
+    total.agreed += more.agreed
+    total.flips_explained += more.flips_explained
+    total.flips_unexplained += more.flips_unexplained
+    total.max_logit = max(total.max_logit, more.max_logit)
+    total.sum_logit += more.sum_logit
+    total.sum_confidence += more.sum_confidence
+
+
+def distribution(reference: Logits, inputs: NDArray[np.generic]) -> bundle_pb2.TestDistribution:
+    """Return what live traffic is to be held against, from the original's test logits."""
+    return bundle_pb2.TestDistribution(
+        predicted=np.bincount(reference.argmax(axis=1), minlength=reference.shape[1]).tolist(),
+        pixel_mean=pixel_histogram(inputs),
+        confidence=float(softmax(reference).max(axis=1).mean()),
+    )
+
+
+def pixel_histogram(inputs: NDArray[np.generic]) -> list[int]:
+    """Count images by their mean pixel, in `PIXEL_BINS` bins; nothing for other inputs.
+
+    Args:
+        inputs: uint8 (rows, height, width, channels) for images.
+    """
+    if inputs.dtype != np.uint8 or inputs.ndim < 3:  # noqa: PLR2004  rows and a picture
+        return []
+    means = inputs.reshape(len(inputs), -1).mean(axis=1)
+    bins = np.minimum((means * PIXEL_BINS / 256).astype(np.int64), PIXEL_BINS - 1)
+    counts: list[int] = np.bincount(bins, minlength=PIXEL_BINS).tolist()
+    return counts
+
+
+def stability_index(expected: Sequence[int], found: Sequence[int]) -> float:
+    """Return the population stability index of two histograms with the same bins.
+
+    The sum over the bins of (q - p) ln(q / p), shares below `MIN_SHARE` taken as that: symmetric
+    relative entropy (S. Kullback, R. A. Leibler, Ann. Math. Stat. 22, 1951), in nats.
+
+    Raises:
+        ValueError: they have different bins, or one of them is empty.
+    """
+    p, q = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    if p.shape != q.shape or not p.sum() or not q.sum():
+        raise ValueError(f"histograms have {p.size} and {q.size} bins, expected counts in the same")
+    p, q = (np.maximum(counts / counts.sum(), MIN_SHARE) for counts in (p, q))
+    return float(((q - p) * np.log(q / p)).sum())
 
 
 def margins(logits: Logits) -> NDArray[np.float32]:
