@@ -276,7 +276,7 @@ def test_enumerations_have_the_numbers_of_triton():
 
 
 @pytest.mark.parametrize(
-    ("service", "unary", "streamed"),
+    ("service", "unary", "streamed", "both_ways"),
     [
         (
             inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
@@ -294,14 +294,25 @@ def test_enumerations_have_the_numbers_of_triton():
                 "RepositoryModelUnload",
             },
             {"ModelStreamInfer": ("ModelInferRequest", "ModelStreamInferResponse")},
+            True,
         ),
-        (parity_pb2.DESCRIPTOR.services_by_name["ParityService"], {"GetParity"}, {}),
+        (
+            parity_pb2.DESCRIPTOR.services_by_name["ParityService"],
+            {"GetParity", "ReportShadow"},
+            {
+                "SampleTraffic": ("SampleTrafficRequest", "SampledRows"),
+                "StreamParity": ("GetParityRequest", "GetParityResponse"),
+            },
+            False,
+        ),
     ],
 )
-def test_rpcs_are_unary_and_named_after_their_messages_but_for_the_stream(service, unary, streamed):
+def test_rpcs_are_unary_and_named_after_their_messages_but_for_the_streams(
+    service, unary, streamed, both_ways
+):
     assert {method.name for method in service.methods} == unary | streamed.keys()
     for method in service.methods:
-        assert method.client_streaming is (method.name in streamed)
+        assert method.client_streaming is (both_ways and method.name in streamed)
         assert method.server_streaming is (method.name in streamed)
         own = f"{method.name}Request", f"{method.name}Response"
         named = method.input_type.name, method.output_type.name
