@@ -4,14 +4,16 @@ Exit status: 0 published; 1 refused, with one sentence that says why; 2 wrong op
 with Ctrl-C. Only this module prints.
 """
 
+import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +22,9 @@ from rich.markup import escape
 from pipeline import config, dataset
 from pipeline.errors import PipelineError
 from service.errors import ServiceError
+
+if TYPE_CHECKING:
+    from service.client import Client
 
 app = typer.Typer(
     help="Train a TensorFlow CNN, export it, prove that every export answers like it, publish it.",
@@ -36,6 +41,7 @@ PREFECT = {
     "DO_NOT_TRACK": "1",
 }
 UNREACHABLE = "Failed to reach API at"  # how Prefect's client words it
+TOKEN = "SERVE_EXPORT_TOKEN"  # as serve-export's own commands  # noqa: S105
 GPU_DRIVER = Path("/dev/nvidiactl")
 
 
@@ -108,6 +114,93 @@ def run(  # noqa: PLR0913  one parameter an option
             status=130,
         )
     _show(Path(path), models, runs)
+
+
+@app.command()
+def shadow(  # noqa: PLR0913  one parameter an option
+    endpoint: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8001",
+    models: Annotated[
+        Path, typer.Option(help="Folder of the bundles that the server serves.")
+    ] = Path("models"),
+    original: Annotated[
+        Path | None,
+        typer.Option(help="SavedModel to hold answers against, where the bundles are not here."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Only this one's rows.")] = "",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="End after so many rows, with a verdict.")
+    ] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="The server speaks TLS.")] = False,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Who may have signed its certificate, PEM.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help=f"File with an admin's token; or the variable {TOKEN}."),
+    ] = None,
+) -> None:
+    """Hold what a server answers its clients against the original, while it serves.
+
+    Reads the rows that the server samples (serve-export serve --sample-rate 0.01), has the
+    original SavedModel answer them on TensorFlow, and reports agreement, differences and drift
+    back: they are in serve-export parity, in the server's metrics, and in its log when the budget
+    is broken. The server never waits for it.
+
+    Example: train-export shadow --endpoint 127.0.0.1:8001 --models models
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
+    try:
+        with _client(endpoint, tls or tls_ca is not None, tls_ca, token_file) as client:
+            places = {"saved_model": original} if original else {"models": models}
+            failure = _shadowed(client, endpoint, places, {"model": model, "rows": rows})
+    except (PipelineError, ServiceError, ValueError) as error:
+        fail(str(error), status=1)
+    except OSError as error:
+        fail(f"a file cannot be read: {error}", status=1)
+    except KeyboardInterrupt:
+        fail("stopped; what was read has been reported", status=130)
+    if failure:
+        fail(failure, status=1)
+
+
+def _client(endpoint: str, tls: bool, ca: Path | None, token_file: Path | None) -> "Client":
+    """Return a client that shows what a secured server asks for."""
+    from service.client import Client, Tls  # noqa: PLC0415  gRPC: only for who asks
+
+    token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
+    return Client(endpoint, tls=Tls(ca=ca) if tls else None, token=token or None)
+
+
+def _shadowed(
+    client: "Client", endpoint: str, places: dict[str, Path], asked: dict[str, Any]
+) -> str:
+    """Shadow a server until a signal; return why live parity does not hold, or nothing."""
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    console = Console(stderr=True)
+    stopped: list[int] = []
+    with console.status("starting TensorFlow, some ten seconds") as status:
+        with _quietly():
+            from pipeline import shadow  # noqa: PLC0415  not to print the help
+        status.update(f"waiting for rows of {endpoint}")
+        logging.getLogger("pipeline").info("waiting for rows of %s", endpoint)
+        shadowing = shadow.Shadow(
+            client,
+            shadow.Originals(client, **places),
+            show=status.update if console.is_terminal else None,
+            **asked,
+        )
+
+        def stop(number: int, _: object) -> None:
+            stopped.append(number)
+            shadowing.stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        failure = shadowing.run()
+    if signal.SIGINT in stopped:
+        raise KeyboardInterrupt
+    return failure
 
 
 def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them

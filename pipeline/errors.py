@@ -8,7 +8,8 @@ PipelineError
 ├── EvaluationError    the model is below the gate
 ├── ExportError        an exporter failed, or wrote something else than was asked for
 ├── ParityError        an export, or the server, does not answer like the original
-└── PublishError       the bundle cannot be written or served
+├── PublishError       the bundle cannot be written or served
+└── ShadowError        the original that answers are held against cannot be had
 
 The text of each is one finished sentence for the person who can mend it.
 """
@@ -48,3 +49,7 @@ class ParityError(PipelineError):
 
 class PublishError(PipelineError):
     """The bundle cannot be written or served."""
+
+
+class ShadowError(PipelineError):
+    """The original that a server's answers are held against cannot be had."""

@@ -1,7 +1,8 @@
 """Who may call what: tokens, held against every call of every service before anything is parsed.
 
 Health checks are open, because probes carry no tokens. Loading and unloading needs an admin's
-token, and nobody may where there is none.
+token, and nobody may where there is none. So do the rows that others have sent, on a server that
+knows tokens at all.
 """
 
 import hashlib
@@ -17,6 +18,9 @@ OPEN = frozenset(f"/grpc.health.v1.Health/{method}" for method in ("Check", "Lis
 CONTROL = frozenset(
     f"/inference.GRPCInferenceService/RepositoryModel{method}" for method in ("Load", "Unload")
 )
+ROWS = frozenset(
+    f"/train_export.v1.ParityService/{method}" for method in ("SampleTraffic", "ReportShadow")
+)
 MIN_TOKEN_CHARACTERS = 16  # below it a token can be guessed
 
 
@@ -27,8 +31,9 @@ class Access:
         """Store who may call.
 
         Args:
-            tokens: may call everything but control; none: everybody may.
-            admin_tokens: may call everything; none: nobody may control.
+            tokens: may call everything but control and others' rows; none: everybody may.
+            admin_tokens: may call everything; none: nobody may control, nor read others' rows
+                where there are tokens.
         """
         self._tokens = [_digest(token) for token in tokens]
         self._admin_tokens = [_digest(token) for token in admin_tokens]
@@ -51,10 +56,10 @@ class Access:
         """
         if path in OPEN:
             return
-        control = path in CONTROL
+        control = path in CONTROL or (path in ROWS and self.wants_tokens)
         if control and not self._admin_tokens:
             raise PermissionDeniedError(
-                "loading and unloading needs an admin's token, and this server knows none; "
+                f"{_task(path)} needs an admin's token, and this server knows none; "
                 "start it with --admin-token-file"
             )
         if not control and not self._tokens:
@@ -70,7 +75,7 @@ class Access:
         if not _among(digest, self._tokens):
             raise UnauthenticatedError("the token is not one that this server knows")
         if control:
-            raise PermissionDeniedError("loading and unloading needs an admin's token")
+            raise PermissionDeniedError(f"{_task(path)} needs an admin's token")
 
 
 def read_tokens(path: Path | None, variable: str = "") -> list[str]:
@@ -95,6 +100,10 @@ def read_tokens(path: Path | None, variable: str = "") -> list[str]:
             "make one with: openssl rand -hex 32"
         )
     return tokens
+
+
+def _task(path: str) -> str:
+    return "what a shadow does" if path in ROWS else "loading and unloading"
 
 
 def _digest(token: str) -> bytes:

@@ -6,7 +6,7 @@ Here is how a task waits for the answers; what is sent, and again, `service.aski
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -85,15 +85,20 @@ class _Awaiting:
         return answer
 
     def start(self, request: Message, timeout_s: float) -> "_Started":
-        if not self._channels:  # made in the loop that they belong to
-            self._channels = [self._channel() for _ in range(self._connection.channels)]
-            self._methods = itertools.cycle([methods(channel) for channel in self._channels])
-        method = next(self._methods)[type(request).__name__]
-        try:
-            call = method(request, timeout=timeout_s, metadata=self._connection.metadata)
-        except grpc.aio.UsageError as error:
-            raise ValueError("this client is closed") from error
+        call = self._begun(type(request).__name__, request, timeout_s)
         return _Started(call, self._connection)
+
+    async def stream(
+        self, method: str, request: Message, response: type[Response]
+    ) -> AsyncGenerator[Response, None]:
+        call = self._begun(f"{method}Request", request, None)
+        try:
+            while (answer := await _Started(call.read(), self._connection).response()) is not (
+                grpc.aio.EOF
+            ):
+                yield answer
+        finally:
+            call.cancel()
 
     async def join(
         self, request: pb.ModelInferRequest, max_rows: int, timeout_s: float
@@ -120,6 +125,17 @@ class _Awaiting:
         for channel in self._channels:
             await channel.close()
         await asyncio.gather(*self._tasks)
+
+    def _begun(self, method: str, request: Message, timeout_s: float | None) -> Any:  # noqa: ANN401
+        if not self._channels:  # made in the loop that they belong to
+            self._channels = [self._channel() for _ in range(self._connection.channels)]
+            self._methods = itertools.cycle([methods(channel) for channel in self._channels])
+        try:
+            return next(self._methods)[method](
+                request, timeout=timeout_s, metadata=self._connection.metadata
+            )
+        except grpc.aio.UsageError as error:
+            raise ValueError("this client is closed") from error
 
     def _channel(self) -> grpc.aio.Channel:
         address, options = self._connection.address, self._connection.options

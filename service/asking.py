@@ -2,12 +2,14 @@
 
 Not how their answers are waited for: `service.client` gives it a wire that blocks, and
 `service.aio_client` one that awaits. It speaks Triton's dialect, and so works with any server that
-does; only `parity` needs ours.
+does; only parity and sampled rows need ours.
 """
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from service import messages
 from service.connection import Connection, content
 from service.errors import ServerError
 from service.messages import Answer, Reply
+from service.tensors import DTYPE
 
 Response = TypeVar("Response", bound=Message)
 Result = TypeVar("Result")
@@ -54,6 +57,11 @@ class Wire(Protocol):
     def start(self, request: pb.ModelInferRequest, timeout_s: float) -> Sent:
         """Send a request without waiting."""
 
+    def stream(
+        self, method: str, request: Message, response: type[Response]
+    ) -> AsyncGenerator[Response, None]:
+        """Make a call that is answered again and again, until it is closed."""
+
     async def join(
         self, request: pb.ModelInferRequest, max_rows: int, timeout_s: float
     ) -> Reply | None:
@@ -74,6 +82,18 @@ class Question:
     version: str  # decimal, or an alias; empty: the server's choice
     rows: int
     requests: Callable[[pb.ModelMetadataResponse], Iterator[pb.ModelInferRequest]]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Rows that one version was asked about, and what it answered; read-only."""
+
+    model: str
+    version: str  # decimal
+    parent_sha256: str  # of the version's original, as its manifest says
+    inputs: NDArray[np.generic]  # (rows, ...), of the model's dtype and shape
+    outputs: NDArray[np.float32]  # (rows, ...): a classifier's logits, else what parity is of
+    dropped: int  # rows of this version dropped before these, since the call began
 
 
 class Asker:
@@ -149,6 +169,59 @@ class Asker:
         """Return what the server says about its own parity; of everything if none is named."""
         request = parity_pb2.GetParityRequest(model=model, version=version)
         return await self._call(request, parity_pb2.GetParityResponse, timeout_s)
+
+    async def watch_parity(
+        self, model: str = "", version: str = ""
+    ) -> AsyncGenerator[parity_pb2.GetParityResponse, None]:
+        """Give what `parity` returns, and again whenever it has changed; has no deadline.
+
+        To close the generator ends the call.
+        """
+        request = parity_pb2.GetParityRequest(model=model, version=version)
+        answers = self._wire.stream("StreamParity", request, parity_pb2.GetParityResponse)
+        async with aclosing(answers):
+            async for answer in answers:
+                yield answer
+
+    async def sample(self, model: str = "") -> AsyncGenerator[SampledRows, None]:
+        """Give rows that the server answers from now on, at its own rate; has no deadline.
+
+        To close the generator ends the call. Rows of a version that has left before they could
+        be read are passed over.
+
+        Args:
+            model: whose; empty: every model's.
+        """
+        request = parity_pb2.SampleTrafficRequest(model=model)
+        answers = self._wire.stream("SampleTraffic", request, parity_pb2.SampledRows)
+        async with aclosing(answers):
+            async for rows in answers:
+                decoded = await self._decoded(rows)
+                if decoded is not None:
+                    yield decoded
+
+    async def report(
+        self,
+        figures: parity_pb2.ShadowFigures,
+        *,
+        model: str,
+        version: str,
+        parent_sha256: str,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Tell the server what became of sampled rows, each of them once.
+
+        Args:
+            figures: as `agreement.figures` counts them.
+            model: whose rows they are.
+            version: decimal.
+            parent_sha256: of the original that they were held against.
+            timeout_s: longest wait; None: the client's.
+        """
+        request = parity_pb2.ReportShadowRequest(
+            model=model, version=version, parent_sha256=parent_sha256, figures=figures
+        )
+        await self._call(request, parity_pb2.ReportShadowResponse, timeout_s)
 
     async def load(self, model: str, *, timeout_s: float | None = None) -> None:
         """Have a model loaded, or loaded again, and wait until it is ready; sent only once."""
@@ -331,6 +404,24 @@ class Asker:
             self._known[model, version] = time.monotonic() + METADATA_S, about
         return about
 
+    async def _decoded(self, rows: parity_pb2.SampledRows) -> SampledRows | None:
+        """View sampled rows as arrays; None if their version has left."""
+        remembered = self._remembered(rows.model, rows.version) is not None
+        left = self._left(None)
+        try:
+            about = await self._about(rows.model, rows.version, left)
+            try:
+                return _arrays(rows, about)
+            except ServerError:
+                if not remembered:
+                    raise
+            self._forget(rows.model)  # it is another by now, under the same number
+            return _arrays(rows, await self._about(rows.model, rows.version, left))
+        except ServerError as error:
+            if error.code == "NOT_FOUND" or NOT_READY in str(error):
+                return None
+            raise
+
     def _remembered(self, model: str, version: str) -> pb.ModelMetadataResponse | None:
         until_s, about = self._known.get((model, version), (0.0, None))
         return about if time.monotonic() < until_s else None
@@ -338,6 +429,38 @@ class Asker:
     def _forget(self, model: str) -> None:
         for key in [key for key in tuple(self._known) if key[0] == model]:
             self._known.pop(key, None)
+
+
+def _arrays(rows: parity_pb2.SampledRows, about: pb.ModelMetadataResponse) -> SampledRows:
+    name = about.properties.get("parity.output", "")
+    output = next((one for one in about.outputs if one.name == name), None)
+    if output is None or len(about.inputs) != 1:
+        raise ServerError(
+            f"the server does not say which output of {about.name} parity is measured on",
+            code="UNIMPLEMENTED",
+        )
+    spec = about.inputs[0]
+    return SampledRows(
+        rows.model,
+        rows.version,
+        rows.parent_sha256,
+        _array(rows.input, rows.rows, DTYPE[spec.datatype], spec.shape[1:]),
+        _array(rows.output, rows.rows, np.dtype(np.float32), output.shape[1:]),
+        rows.dropped,
+    )
+
+
+def _array(content: bytes, rows: int, dtype: np.dtype[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """View rows as an array; of several free sizes none is known, and a row is flat."""
+    free = sum(size < 0 for size in shape)
+    wanted = (rows, *shape) if free < 2 else (rows, -1)  # noqa: PLR2004
+    known = rows * dtype.itemsize * math.prod(size for size in wanted[1:] if size > 0)
+    if not rows or not known or len(content) % known or (not free and len(content) != known):
+        raise ServerError(
+            f"the server sent {len(content)} bytes as {rows} rows of shape {list(shape)} {dtype}",
+            code="INTERNAL",
+        )
+    return np.frombuffer(content, dtype).reshape(wanted)
 
 
 def _contents(pictures: Sequence[bytes | str | Path]) -> list[bytes]:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 MIN_RETRY_S = 0.001
 Answers: TypeAlias = dict[str, NDArray[np.generic]]
 Run: TypeAlias = Callable[[NDArray[np.generic]], Answers]
+Sample: TypeAlias = Callable[[NDArray[np.generic], Answers], None]
 
 
 class Batch:
@@ -110,6 +111,9 @@ class Batcher:
         self._busy_rows: list[int] = []  # of the calls that run now
         self._buffers: list[NDArray[np.generic]] = []  # that rows were joined in, to be used again
         self._threads: list[threading.Thread] = []
+        # Shown the rows of every batch and their answers, once they are told; from several threads.
+        # It copies what it keeps: the rows are overwritten by those of a later batch.
+        self.sample: Sample | None = None
 
     def start(self) -> None:
         """Start an instance's thread each."""
@@ -343,10 +347,6 @@ class Batcher:
             return
         run_s = time.monotonic()
         batch = Batch(answers, rows=len(joined), started_s=started_s, infer_s=run_s - joined_s)
-        if buffer is not None and not any(
-            np.may_share_memory(buffer, array) for array in answers.values()
-        ):
-            self._buffers.append(buffer)
         self._pace.observe(batch.rows, batch.infer_s)
         cut_s = time.monotonic()
         # Before the answers are told: who asks for statistics next finds its own request in them.
@@ -356,6 +356,15 @@ class Batcher:
             [cut_s - ticket.arrived_s for ticket in tickets],
             time.time_ns() // 1_000_000,
         )
+        self._tell(tickets, batch)
+        if self.sample is not None:
+            self._show(joined, answers)
+        if buffer is not None and not any(
+            np.may_share_memory(buffer, array) for array in answers.values()
+        ):
+            self._buffers.append(buffer)
+
+    def _tell(self, tickets: Sequence[Ticket], batch: Batch) -> None:
         start = 0
         for ticket in tickets:
             try:
@@ -363,6 +372,16 @@ class Batcher:
             except Exception:
                 log.exception("an answer could not be handed over")
             start += ticket.rows
+
+    def _show(self, joined: NDArray[np.generic], answers: Answers) -> None:
+        """Let rows be sampled; what fails at that is not tried at every batch."""
+        sample = self.sample  # another thread may end it
+        try:
+            if sample is not None:
+                sample(joined, answers)
+        except Exception:
+            log.exception("the rows of %s cannot be sampled; they are no longer", self._name)
+            self.sample = None
 
     def _joined(
         self, arrays: list[NDArray[np.generic]]

@@ -8,9 +8,9 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -36,6 +36,7 @@ class Status(IntEnum):
     NOT_FOUND = 5
     PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
@@ -51,6 +52,8 @@ STATUS: dict[type[errors.ServiceError], Status] = {
     errors.QueueTimeoutError: Status.UNAVAILABLE,
     errors.DrainingError: Status.UNAVAILABLE,
     errors.ControlError: Status.UNAVAILABLE,
+    errors.PreconditionError: Status.FAILED_PRECONDITION,
+    errors.LimitError: Status.RESOURCE_EXHAUSTED,
     errors.DeadlineError: Status.DEADLINE_EXCEEDED,
     errors.CancelledError: Status.CANCELLED,
     errors.UnimplementedError: Status.UNIMPLEMENTED,
@@ -75,6 +78,22 @@ class CallError(Exception):
         super().__init__(message[: MAX_MESSAGE_CHARACTERS - 1] + "…" if cut else message)
         self.status = status
         self.trailers = trailers
+
+
+class Stream(Protocol):
+    """Responses that a front sends as they fall due, until the caller leaves or the server stops.
+
+    A front asks for them now and then, writes each before it asks for the next, and closes the
+    stream in the end. So what a caller does not read is made only when there is room for it.
+    """
+
+    pause_s: float  # between two times of asking
+
+    def due(self) -> Iterator[bytes]:
+        """Give what is due now, serialised; raises ServiceError to end the call."""
+
+    def close(self) -> None:
+        """Keep nothing for the caller any more."""
 
 
 def texts(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:

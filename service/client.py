@@ -5,7 +5,7 @@ Here is how a thread waits for them; what is sent, and again, `service.asking` d
 
 import itertools
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from concurrent import futures
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -16,13 +16,13 @@ import grpc
 from google.protobuf.message import Message
 
 from protos import inference_pb2 as pb
-from service.asking import Asker, Response, Result
+from service.asking import Asker, Response, Result, SampledRows
 from service.connection import Connection, Tls, methods
 from service.errors import ServerError
 from service.joining import JoinQueue, Ticket, joined, refuse, settle
 from service.messages import Answer, Reply
 
-__all__ = ["Answer", "Client", "Tls"]
+__all__ = ["Answer", "Client", "SampledRows", "Tls"]
 
 Arguments = ParamSpec("Arguments")
 
@@ -47,6 +47,33 @@ def _blocking(
         return _now(method(client._asker, *values, **options))
 
     return call
+
+
+def _blocking_generator(
+    method: Callable[Concatenate[Asker, Arguments], AsyncGenerator[Result, None]],
+) -> "Callable[Concatenate[Client, Arguments], Generator[Result, None, None]]":
+    """Return a generator of Asker's as one of Client's."""
+
+    @wraps(method)
+    def call(
+        client: "Client", /, *values: Arguments.args, **options: Arguments.kwargs
+    ) -> Generator[Result, None, None]:
+        answers = method(client._asker, *values, **options)
+        try:
+            while (answer := _now(_next(answers))) is not None:
+                yield answer
+        finally:
+            _now(_closed(answers))
+
+    return call
+
+
+async def _next(answers: AsyncGenerator[Result, None]) -> Result | None:
+    return await anext(answers, None)
+
+
+async def _closed(answers: AsyncGenerator[Any, None]) -> None:
+    await answers.aclose()
 
 
 class Client:
@@ -99,6 +126,9 @@ class Client:
     config = _blocking(Asker.config)
     statistics = _blocking(Asker.statistics)
     parity = _blocking(Asker.parity)
+    watch_parity = _blocking_generator(Asker.watch_parity)
+    sample = _blocking_generator(Asker.sample)
+    report = _blocking(Asker.report)
     load = _blocking(Asker.load)
     unload = _blocking(Asker.unload)
     predict = _blocking(Asker.predict)
@@ -147,6 +177,18 @@ class _Blocking:
         method = next(self._methods)[type(request).__name__]
         call = method.future(request, timeout=timeout_s, metadata=self._connection.metadata)
         return _Started(call, self._connection)
+
+    async def stream(
+        self, method: str, request: Message, response: type[Response]
+    ) -> AsyncGenerator[Response, None]:
+        call = next(self._methods)[f"{method}Request"](request, metadata=self._connection.metadata)
+        try:
+            for answer in call:
+                yield answer
+        except grpc.RpcError as error:
+            raise self._connection.refusal(error) from error
+        finally:
+            call.cancel()
 
     async def join(
         self, request: pb.ModelInferRequest, max_rows: int, timeout_s: float

@@ -262,29 +262,38 @@ def parity(  # noqa: PLR0913  one parameter an option
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Stay, and show it again whenever it changes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a server says about its own parity with the original TensorFlow model.
 
     One row a variant, measured over the whole test set when the bundle was made; the served row
-    over gRPC before it was published; the self-check on the server's host when it loaded it.
+    over gRPC before it was published; the self-check on the server's host when it loaded it; the
+    live row by what a shadow (train-export shadow) reports of answered requests.
 
-    Example: serve-export parity --address 127.0.0.1:8001
+    Ends with status 1 when a self-check or a live verdict failed.
+
+    Example: serve-export parity --address 127.0.0.1:8001 --watch
     """
-    from google.protobuf import json_format  # noqa: PLC0415  none of these to print the help
-
-    from service import tables  # noqa: PLC0415
+    from service import tables, watching  # noqa: PLC0415  none of these to print the help
 
     try:
         with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
+            if watch:
+                watching.watch(lambda: client.watch_parity(model, version), as_json=as_json)
             answer = client.parity(model, version)
     except ServiceError as error:
         fail(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
     if as_json:
-        print_json(json_format.MessageToDict(answer, preserving_proto_field_name=True))
-        return
-    for one in answer.versions:
-        tables.show_parity(one)
+        print(watching.as_line(answer, indent=2))
+    else:
+        tables.show_parity(answer)
+    if failures := watching.failures(answer):
+        fail("; ".join(failures))
 
 
 def _client(

@@ -105,6 +105,7 @@ class Edge:
             self._figures = Metrics(
                 self._repository.statistics.snapshots,
                 lambda: [os.getpid()],
+                live=self._repository.sampling.live.all,
                 version=package_version(PACKAGE),
                 onnxruntime=RUNTIME.rpartition(" ")[2],
             )

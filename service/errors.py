@@ -13,6 +13,8 @@ ServiceError
 ├── UnauthenticatedError   the call brought no token, or one that is not known
 ├── PermissionDeniedError  the call's token does not allow it
 ├── ControlError           models are not loaded and unloaded by request here
+├── PreconditionError      the server is not in the state that the call needs
+├── LimitError             as many calls of this kind are open as may be
 ├── LoadError              a model that was to be loaded failed its checks
 ├── BundleError            a bundle on disk is not what its manifest promises
 ├── ModelError             onnxruntime cannot load or run the model
@@ -85,6 +87,14 @@ class PermissionDeniedError(ServiceError):
 
 class ControlError(ServiceError):
     """Models are not loaded and unloaded by request on this server."""
+
+
+class PreconditionError(ServiceError):
+    """The server, or the version, is not in the state that the call needs."""
+
+
+class LimitError(ServiceError):
+    """As many calls of this kind are open as may be at a time."""
 
 
 class LoadError(ServiceError):

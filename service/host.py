@@ -15,6 +15,12 @@ from pathlib import Path, PurePosixPath
 ROOT = Path("/")
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 HEAPS = 2
+# Features by which onnxruntime chooses its kernels, by the kernel's names: of x86, then of ARM.
+KERNEL_FLAGS = (
+    *("sse4_1", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
+)
 LARGE_BYTES = 1 << 16  # from here on a block is the system's, and goes back to it when it is freed
 NO_LIMIT_BYTES = 1 << 60  # v1 writes a number near 2^63 where there is none
 
@@ -25,6 +31,11 @@ class Processor:
 
     name: str
     flags: frozenset[str]
+
+    @property
+    def kernel_flags(self) -> tuple[str, ...]:
+        """Those by which onnxruntime's kernels, and so its rounding, may differ."""
+        return tuple(flag for flag in KERNEL_FLAGS if flag in self.flags)
 
 
 def cores(root: Path = ROOT) -> int:

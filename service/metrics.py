@@ -18,6 +18,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from protos.parity_pb2 import LIVE_VERDICT_PASSED, LiveParity
+from service.live import Key
 from service.statistics import BUCKETS, FAILURES, Figure, Histogram, Snapshot
 
 LABELS = ("model", "version")
@@ -75,6 +77,7 @@ class Metrics(Collector):
         snapshots: Callable[[], list[Snapshot]],
         pids: Callable[[], Iterable[int]],
         *,
+        live: Callable[[], list[tuple[Key, LiveParity]]] = list,
         version: str,
         onnxruntime: str,
     ) -> None:
@@ -83,10 +86,11 @@ class Metrics(Collector):
         Args:
             snapshots: the figures of every version, as `Store.snapshots`.
             pids: the server's processes now, on this host.
+            live: what shadows have found of every version, as `LiveStore.all`.
             version: of this server.
             onnxruntime: its version.
         """
-        self._snapshots, self._pids = snapshots, pids
+        self._snapshots, self._pids, self._live = snapshots, pids, live
         self._info = {"version": version, "onnxruntime": onnxruntime}
         self._lock = threading.Lock()
         self._cpu_s: dict[int, float] = {}  # by process
@@ -125,6 +129,7 @@ class Metrics(Collector):
             yield _histogram(
                 HistogramMetricFamily(name, text, labels=LABELS), histogram, unit, snapshots
             )
+        yield from _live_metrics(self._live())
         yield from self._processes()
 
     def _processes(self) -> Iterator[Metric]:
@@ -146,6 +151,74 @@ class Metrics(Collector):
         for name, (merge, text) in PROCESS.items():
             if name in values:
                 yield GaugeMetricFamily(name, text, merge(values[name]))
+
+
+def _live_metrics(found: Iterable[tuple[Key, LiveParity]]) -> Iterator[Metric]:
+    """Yield counters of every version, and gauges of those with reports in the window."""
+    known = [([name, str(number)], live) for (name, number), live in found]
+    for name, (count, text) in LIVE_COUNTERS.items():
+        counter = UnknownMetricFamily(name, text, labels=LABELS)
+        for labels, live in known:
+            counter.add_metric(labels, count(live))
+        yield counter
+    for name, (level, text) in LIVE_GAUGES.items():
+        gauge = GaugeMetricFamily(name, text, labels=LABELS)
+        for labels, live in known:
+            value = level(live) if live.window.rows else None
+            if value is not None:
+                gauge.add_metric(labels, value)
+        yield gauge
+
+
+LIVE_COUNTERS: dict[str, tuple[Callable[[LiveParity], float], str]] = {
+    "serve_export_sampled_rows": (lambda live: live.sampled, "Rows handed to shadows"),
+    "serve_export_sampled_rows_dropped": (
+        lambda live: live.dropped, "Sampled rows that a shadow was too slow for",
+    ),
+    "serve_export_live_rows": (lambda live: live.total.rows, "Rows that shadows have reported"),
+    "serve_export_live_flips_explained": (
+        lambda live: live.total.flips_explained,
+        "Reported rows of another class, with a margin within twice the budget",
+    ),
+    "serve_export_live_flips_unexplained": (
+        lambda live: live.total.flips_unexplained,
+        "Reported rows of another class, with a wider margin",
+    ),
+}  # fmt: skip
+# Of the rows reported within the window; none while there are none.
+LIVE_GAUGES: dict[str, tuple[Callable[[LiveParity], float | None], str]] = {
+    "serve_export_live_window_rows": (
+        lambda live: live.window.rows, "Rows that shadows have reported within the window",
+    ),
+    "serve_export_live_passed": (
+        lambda live: float(live.verdict == LIVE_VERDICT_PASSED),
+        "1 while live parity holds, 0 while it is broken",
+    ),
+    "serve_export_live_max_logit_difference": (
+        lambda live: live.window.max_logit, "Largest |Δlogit| of the window",
+    ),
+    "serve_export_live_max_logit_allowed": (
+        lambda live: live.budget.max_logit, "What it may be at most",
+    ),
+    "serve_export_live_agreement": (
+        lambda live: live.window.agreed / live.window.rows,
+        "Share of the window's rows of the same class, 0 to 1",
+    ),
+    "serve_export_live_confidence": (
+        lambda live: (
+            live.window.sum_confidence / live.window.rows if live.window.predicted else None
+        ),
+        "Mean of the highest probability in the window, 0 to 1",
+    ),
+    "serve_export_live_predicted_psi": (
+        lambda live: live.predicted_psi if live.HasField("predicted_psi") else None,
+        "Population stability index of the predicted classes",
+    ),
+    "serve_export_live_pixel_mean_psi": (
+        lambda live: live.pixel_mean_psi if live.HasField("pixel_mean_psi") else None,
+        "Population stability index of the images' mean pixels",
+    ),
+}  # fmt: skip
 
 
 def _labels(one: Snapshot) -> list[str]:

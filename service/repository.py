@@ -25,8 +25,10 @@ from service.errors import (
     RepositoryError,
     ServiceError,
 )
+from service.live import Live
 from service.model_config import ModelOptions
 from service.pace import Pace
+from service.sampling import Sampling
 from service.session import call_rows
 from service.statistics import Figure, Statistics, Store
 from service.version import Version
@@ -44,6 +46,7 @@ class Served:
     version: Version
     batcher: Batcher
     statistics: Statistics
+    live: Live
     fingerprint: Fingerprint
 
     @property
@@ -115,7 +118,13 @@ class Repository:
     """
 
     def __init__(
-        self, root: Path, *, defaults: ModelOptions, load: Load, statistics: Store | None = None
+        self,
+        root: Path,
+        *,
+        defaults: ModelOptions,
+        load: Load,
+        statistics: Store | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         """Store the parts; `reconcile` looks at the disk.
 
@@ -124,11 +133,13 @@ class Repository:
             defaults: how a model is served whose config.pbtxt says nothing.
             load: checks and loads one version, as `service.version.load`.
             statistics: where each version is counted.
+            sampling: where each version's rows are sampled, and what shadows find is kept.
         """
         self._root = root
         self._defaults = defaults
         self._load = load
         self.statistics = statistics or Store()
+        self.sampling = sampling or Sampling()
         self._lock = threading.Lock()  # of what is known; never held for long
         self._turn = threading.Lock()  # of those that change it
         self._models: dict[str, Model] = {}
@@ -504,10 +515,11 @@ class Repository:
             max_batch_rows=options.max_batch_rows,
             instances=options.instances,
         )
+        live = self.sampling.add(version.manifest, check.report.budget, batcher)
         batcher.start()
         with self._lock:
             before = model.ready.get(number)
-            model.ready[number] = Served(version, batcher, figures, seen)
+            model.ready[number] = Served(version, batcher, figures, live, seen)
             model.refused.pop(number, None)
             self.changes += 1
         if before is not None:
@@ -553,6 +565,7 @@ class Repository:
                 model.unloading.add(number)
                 self.changes += 1
             served.statistics.set(Figure.READY, 0.0)
+            self.sampling.remove(name, number)
             served.batcher.close()
             log.info(
                 "version retired: %s %d", name, number, extra={"model": name, "version": number}

@@ -15,9 +15,9 @@ from google.protobuf.message import Message
 
 from protos import inference_pb2, parity_pb2
 from service import bundle, errors, model_config
-from service.call import Call, CallError, Request, Status, parsed, refusal
+from service.call import Call, CallError, Request, Status, Stream, parsed, refusal
 from service.inference import Inference
-from service.parity_rpc import get_parity, properties
+from service.parity_rpc import Streams, get_parity, properties, report_shadow
 from service.repository import Repository
 from service.statistics_rpc import statistics
 
@@ -28,6 +28,8 @@ PARITY = "train_export.v1.ParityService"
 SERVICES = (INFERENCE, PARITY)
 INFER = f"/{INFERENCE}/ModelInfer"
 STREAM = f"/{INFERENCE}/ModelStreamInfer"
+SAMPLE = f"/{PARITY}/SampleTraffic"
+WATCH = f"/{PARITY}/StreamParity"
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -88,6 +90,12 @@ class Rpc:
         self._methods = self._make_methods()
         self.paths = (INFER, *self._methods, *NOT_DONE)
         self.streamed = INFER  # what every request of a stream is
+        streams, pb = Streams(repository), parity_pb2
+        self._streams: dict[str, tuple[Callable[[bytes], Message], Callable[..., Stream]]] = {
+            SAMPLE: (pb.SampleTrafficRequest.FromString, streams.sample),
+            WATCH: (pb.GetParityRequest.FromString, streams.watch),
+        }
+        self.streaming = tuple(self._streams)  # what is asked once and answered again and again
 
     def begin(self, call: Call) -> None:
         """Answer or refuse one call, now or later and from any thread; never raises."""
@@ -99,6 +107,18 @@ class Rpc:
             self._slow.submit(self._answer, call)
         else:
             self._answer(call)
+
+    def open(self, call: Call) -> Stream:
+        """Begin one of the calls that are `streaming`.
+
+        Raises:
+            CallError: it is refused.
+        """
+        parse, begin = self._streams[call.path]
+        try:
+            return begin(_parsed(call, parse))
+        except Exception as error:
+            raise refusal(call.path, error) from error
 
     def run(self, calls: Sequence[Call], longest_s: float) -> None:
         """Begin calls that came together, and run what is short of them on this thread.
@@ -153,12 +173,19 @@ class Rpc:
                 pb.RepositoryModelUnloadRequest.FromString, self._unload, slow=True
             ),
         }
-        parity = Method(
-            parity_pb2.GetParityRequest.FromString, lambda request: get_parity(repository, request)
-        )
+        parity = {
+            "GetParity": Method(
+                parity_pb2.GetParityRequest.FromString,
+                lambda request: get_parity(repository, request),
+            ),
+            "ReportShadow": Method(
+                parity_pb2.ReportShadowRequest.FromString,
+                lambda request: report_shadow(repository, request),
+            ),
+        }
         return {
             **{f"/{INFERENCE}/{name}": method for name, method in inference.items()},
-            f"/{PARITY}/GetParity": parity,
+            **{f"/{PARITY}/{name}": method for name, method in parity.items()},
         }
 
     def _answer(self, call: Call) -> None:

@@ -19,8 +19,10 @@ from service import host, model_config, version
 from service.access import Access
 from service.errors import RepositoryError
 from service.front import choice
+from service.live import LiveStore
 from service.model_config import ModelOptions
 from service.repository import Repository
+from service.sampling import MAX_RING_BYTES, Sampling
 from service.settings import Settings
 from service.statistics import Store
 from service.trial import Trials
@@ -38,6 +40,7 @@ QUIET_TICKS = 15
 MAX_QUIET_S = 1.0  # clients that go on calling are not waited for any longer
 TICK_S = 0.01
 TIDY_S = 15.0
+MESSAGE_SLACK_BYTES = 4096  # of a message, for what goes with its rows
 KEEPER_S = 1.0  # for who watches the folder to notice that it is over
 KILLED = 128  # and the signal's number: what a shell calls a process that a signal ended
 
@@ -104,6 +107,7 @@ class _Server:
             defaults=self._defaults,
             load=partial(_load, trials=trials, may_load=self._listening),
             statistics=store,
+            sampling=_sampling(settings, process),
         )
 
     async def run(self) -> None:
@@ -275,6 +279,17 @@ class _Server:
         if self._announce is not None and (any(models.values()) or open_to_orders):
             self._announce(address)
             self._announce = None
+
+
+def _sampling(settings: Settings, process: Process) -> Sampling:
+    """Return who samples; a message of sampled rows has to fit into what may be sent."""
+    live = LiveStore(process.statistics, process.worker, window_s=settings.live_window_s)
+    return Sampling(
+        live,
+        rate=settings.sample_rate,
+        max_rows=settings.sample_rows,
+        max_bytes=min(MAX_RING_BYTES, (settings.max_message_mib << 20) - MESSAGE_SLACK_BYTES),
+    )
 
 
 def _keep_what_is_imported() -> None:

@@ -20,6 +20,9 @@ LIMITS = {
     "max_message_mib": (1, 2047),  # gRPC counts the bytes in 32 bits
     "max_image_pixels": (1, 1 << 28),
     "max_connection_age_s": (0, 86_400),
+    "sample_rate": (0, 1),
+    "sample_rows": (1, 1 << 20),
+    "live_window_s": (1, 86_400),
     "pre_drain_s": (0, 86_400),
     "drain_s": (0, 86_400),
 }
@@ -126,6 +129,20 @@ class Settings:
         16_000_000,  # 48 MB once decoded as RGB
         "Batching",
         "Most pixels, all pictures together, in one request of PNG or JPEG.",
+    )
+
+    sample_rate: float = _option(
+        0.0,  # what users send is theirs
+        "Parity",
+        "Share of answered rows, 0 to 1, that shadows may read; 0: no row leaves the server.",
+    )
+    sample_rows: int = _option(
+        4096,
+        "Parity",
+        "Most sampled rows kept for one shadow that is slow; older ones are dropped.",
+    )
+    live_window_s: float = _option(
+        300.0, "Parity", "Seconds that the live verdict looks back over what shadows have reported."
     )
 
     token_file: Path | None = _option(

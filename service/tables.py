@@ -3,18 +3,23 @@
 Apart from `service.commands`, so that a server starts without the library that draws them.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from protos import bundle_pb2, parity_pb2
 from service.doctor import Finding
 
 console = Console()
+BAR = 3  # characters
+EIGHTHS = "▏▎▍▌▋▊▉"
+LITTLE, MUCH = 0.1, 0.25  # as a population stability index is usually read
 
 
 def show_refusal(reason: object) -> None:
@@ -52,8 +57,29 @@ def show_predictions(
     console.print(table)
 
 
-def show_parity(one: parity_pb2.VersionParity) -> None:
-    """Print what a server says about one version: a row a variant, and where it was checked."""
+def show_parity(answer: parity_pb2.GetParityResponse) -> None:
+    """Print what a server says about the parity of what it serves."""
+    console.print(parity_view(answer))
+
+
+def parity_view(answer: parity_pb2.GetParityResponse) -> Group:
+    """Return what a server says about its parity: a table a version, and where it was checked."""
+    parts: list[RenderableType] = []
+    for one in answer.versions:
+        parts += [_parity_table(one), *_failures(one), Text(_self_check(one.self_check))]
+        if one.HasField("live"):
+            parts.append(Text(_live(one.live)))
+        parts.append("")
+    return Group(*parts or ["nothing is loaded"])
+
+
+def _failures(one: parity_pb2.VersionParity) -> list[Text]:
+    found = [(report.variant, report.failure) for report in [*one.variants, one.self_check.report]]
+    found.append(("live", one.live.failure))
+    return [Text(f"{name} failed: {why}", "red") for name, why in found if why]
+
+
+def _parity_table(one: parity_pb2.VersionParity) -> Table:
     table = Table(
         title=escape(f"{one.model} version {one.version}: parity with the original"),
         box=box.SIMPLE_HEAD,
@@ -61,27 +87,92 @@ def show_parity(one: parity_pb2.VersionParity) -> None:
         padding=(0, 1, 0, 0),
     )
     table.add_column("variant", no_wrap=True)
-    for name in ("images", "accuracy", "agreement", "max |Δ|", "allowed", "flips"):
+    for name in ("images", "accuracy", "agreement", "max |Δ|"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("allowed", no_wrap=True)
+    table.add_column("flips", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     served = [one.served] if one.HasField("served") else []
     for report in [*one.variants, *served, one.self_check.report]:
         table.add_row(*_parity_row(report))
-    console.print(table)
-    console.print(
-        f"self-check on {one.self_check.cpu}, {one.self_check.threads} threads, "
-        f"{one.self_check.checked}, {one.self_check.seconds * 1000:.0f} ms\n"
-    )
+    if one.HasField("live"):
+        table.add_section()
+        table.add_row(*_live_row(one.live))
+    return table
 
 
 def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
     return [
         escape(report.variant),
-        str(report.accuracy.rows),
+        f"{report.accuracy.rows:,}",
         f"{report.accuracy.value:.2%}",
         f"{report.agreement:.2%}",
         f"{report.logits.max:.2g}",
-        f"{report.budget.max_logit:.2g}",
+        _of_allowed(report.logits.max, report.budget.max_logit),
         str(report.flips_explained + report.flips_unexplained),
-        "[green]passed[/]" if report.passed else f"[red]failed[/]: {escape(report.failure)}",
+        "[green]passed[/]" if report.passed else "[red]failed[/]",
     ]
+
+
+def _live_row(live: parity_pb2.LiveParity) -> list[str]:
+    window = live.window
+    verdict = {
+        parity_pb2.LIVE_VERDICT_PASSED: "[green]passed[/]",
+        parity_pb2.LIVE_VERDICT_FAILED: "[red]failed[/]",
+    }.get(live.verdict, "unknown")
+    if not window.rows:
+        return ["live", "0", "", "", "", "", "", verdict]
+    return [
+        "live",
+        f"{window.rows:,}",
+        "",
+        f"{window.agreed / window.rows:.2%}",
+        f"{window.max_logit:.2g}",
+        _of_allowed(window.max_logit, live.budget.max_logit),
+        str(window.flips_explained + window.flips_unexplained),
+        verdict,
+    ]
+
+
+def _of_allowed(found: float, allowed: float) -> str:
+    """Return a difference as a share of its budget: a bar, red beyond it, and a number."""
+    share = found / allowed if allowed else math.inf
+    if not share <= 1:
+        return f"[red]{'█' * BAR} {'over':>4}[/]"
+    eighths = math.ceil(share * BAR * 8)
+    full, rest = divmod(eighths, 8)
+    bar = "█" * full + (EIGHTHS[rest - 1] if rest else "")
+    return f"[green]{bar:<{BAR}}[/] {share:>4.0%}"
+
+
+def _self_check(check: parity_pb2.SelfCheck) -> str:
+    session = check.session
+    options = [f"graph {session.graph_optimization}"] if session.graph_optimization else []
+    options += [f"{key}={value}" for key, value in sorted(session.config.items())]
+    said = (
+        f"self-check on {check.cpu}, {check.threads} threads, {check.report.runtime}, "
+        f"{check.checked}, {check.seconds * 1000:.0f} ms"
+    )
+    details = "; ".join(filter(None, (" ".join(check.cpu_flags), ", ".join(options))))
+    return f"{said}\n{details}" if details else said
+
+
+def _live(live: parity_pb2.LiveParity) -> str:
+    window = live.window
+    said = [
+        f"live: the last {live.window_s:g} s; {live.total.rows:,} rows since it was loaded, "
+        f"reported {live.reported}"
+    ]
+    if window.rows and window.predicted:
+        said.append(f"mean confidence {window.sum_confidence / window.rows:.1%}")
+    for name, has in (("classes", "predicted_psi"), ("pixels", "pixel_mean_psi")):
+        if live.HasField(has):  # type: ignore[arg-type] # one of two names
+            said.append(f"{name} have drifted {_drift(getattr(live, has))}")
+    if live.dropped:
+        said.append(f"{live.dropped:,} rows dropped")
+    return ", ".join(said)
+
+
+def _drift(index: float) -> str:
+    word = "little" if index < LITTLE else "some" if index < MUCH else "much"
+    return f"{word} ({index:.2f})"

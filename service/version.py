@@ -59,6 +59,7 @@ def load(path: Path, options: ModelOptions) -> Version:
         raise BundleError(
             f"{bundle.shown(path)} fails its self-check on this host: {report.failure}"
         )
+    processor = host.processor()
     checked = timestamp_pb2.Timestamp()
     checked.FromDatetime(datetime.now(UTC).replace(microsecond=0))
     return Version(
@@ -70,9 +71,11 @@ def load(path: Path, options: ModelOptions) -> Version:
             report=report,
             checked=checked.ToJsonString(),
             seconds=time.monotonic() - started_s,
-            cpu=host.processor().name,
+            cpu=processor.name,
             threads=options.threads,
             providers=session.providers,
+            cpu_flags=processor.kernel_flags,
+            session=content.manifest.session,
         ),
     )
 

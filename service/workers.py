@@ -23,6 +23,7 @@ from pathlib import Path
 from service.errors import AddressError, SettingsError, WorkerError
 from service.front.address import resolve
 from service.front.http import MetricsServer
+from service.live import READER, LiveStore
 from service.metrics import Metrics
 from service.settings import Settings
 from service.statistics import Store
@@ -69,6 +70,7 @@ async def serve(
         metrics = Metrics(
             Store(Path(folder)).snapshots,
             keeper.pids,
+            live=LiveStore(Path(folder), READER, window_s=settings.live_window_s).all,
             version=package_version("train-export"),
             onnxruntime=_onnxruntime(),
         )

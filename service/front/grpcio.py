@@ -37,6 +37,8 @@ MAX_SETTLED = 8  # outcomes at a time; each takes the event loop about 0.2 ms
 # costs to hand a batch to another thread, and its answers back.
 SHORT_S = 0.0005
 RETRY_S, RETRIES = 0.02, 500  # to listen again, until the port is let go
+ENDING_S = 0.5  # for a stream that is answered on and on to end, unless its client does not read
+LOOK_S = 0.01
 MAX_STREAMED = 64  # requests of one stream that may wait for their answers
 # gRPC's own five minutes end connections that are kept alive. Clients ping every 10 s; what a
 # network does to two pings may bring them closer together.
@@ -132,9 +134,12 @@ class GrpcioFront:
         self._keeper: asyncio.Task[None] | None = None
         self._readers: set[asyncio.Task[None]] = set()  # one a stream
         self._came: list[Call] = []  # in this round of the event loop
+        self._answering = 0  # calls whose answers are waited for when stopping
+        self._streaming = 0  # calls that are answered for as long as they last
         self._holding = False
         self._released = asyncio.Event()
         self._closed = asyncio.Event()
+        self._closing: asyncio.Task[bool] | None = None  # waits for it
         self.begun = 0  # calls so far
 
     async def start(self) -> str:
@@ -150,6 +155,7 @@ class GrpcioFront:
         self._mailbox = _Mailbox(asyncio.get_running_loop())
         self.show_health(ready=False, models={})
         self._server, address = await self._serve(self._transport.address)
+        self._closing = asyncio.create_task(self._closed.wait())
         self._keeper = asyncio.create_task(self._keep(address))
         return address
 
@@ -212,8 +218,9 @@ class GrpcioFront:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, and let those in flight finish within `grace_s` seconds.
 
-        Streams end once what they have sent is answered, and watches of health at once: their
-        clients would keep them open.
+        Streams end once what they have sent is answered, and those that last, such as watches of
+        health, at once: their clients would keep them open. One whose client does not read cannot
+        be told so, and is cut off as soon as all others are over.
         """
         self._health.close()
         self._closed.set()
@@ -223,7 +230,18 @@ class GrpcioFront:
             stopping = asyncio.create_task(self._server.stop(grace_s))
             await asyncio.sleep(SHUTDOWN_S)
             self._released.set()
+            if await self._is_held(grace_s):
+                await self._server.stop(0)
             await stopping
+
+    async def _is_held(self, grace_s: float) -> bool:
+        """Wait for what is answered within the grace; tell whether only idle readers are left."""
+        now_s = time.monotonic()
+        until_s, ending_s = now_s + grace_s, now_s + min(ENDING_S, grace_s)
+        while (self._answering and now_s < until_s) or (self._streaming and now_s < ending_s):
+            await asyncio.sleep(LOOK_S)
+            now_s = time.monotonic()
+        return self._streaming > 0
 
     def hold(self) -> None:
         """Keep new calls waiting for `stop`, which refuses them.
@@ -264,6 +282,11 @@ class GrpcioFront:
             handlers[STREAM.removeprefix(prefix)] = grpc.stream_stream_rpc_method_handler(
                 self._stream
             )
+        for path in self._rpc.streaming:
+            if path.startswith(prefix):
+                handlers[path.removeprefix(prefix)] = grpc.unary_stream_rpc_method_handler(
+                    self._lasting(path)
+                )
         return grpc.method_handlers_generic_handler(service, handlers)
 
     def _unary(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
@@ -274,16 +297,62 @@ class GrpcioFront:
             if path in CONTROL:
                 self._check(call)
             self._begin(call)
+            self._answering += 1
             try:
                 outcome = await call.outcome
             except asyncio.CancelledError:
                 call.cancel()
                 raise
+            finally:
+                self._answering -= 1
             if isinstance(outcome, CallError):
                 await _abort(context, outcome)
             return outcome
 
         return handle
+
+    def _lasting(self, path: str) -> Callable[[bytes, Context], Awaitable[None]]:
+        async def handle(content: bytes, context: Context) -> None:
+            call = self._call(path, content, context)
+            self._streaming += 1
+            try:
+                end = await self._send_on(call, context)
+            except asyncio.CancelledError:
+                call.cancel()
+                raise
+            finally:
+                self._streaming -= 1
+            call.refuse(end)
+            await _abort(context, end)
+
+        return handle
+
+    async def _send_on(self, call: Call, context: Context) -> CallError:
+        """Send what a stream has, whenever it is due; return why it has come to its end."""
+        try:
+            stream = self._rpc.open(call)
+        except CallError as error:
+            return error
+        try:
+            due = stream.due()
+            while not self._closed.is_set():
+                try:
+                    content = next(due, None)
+                except Exception as error:  # noqa: BLE001  whatever it is, the caller is told
+                    return refusal(call.path, error)
+                if content is None:
+                    await self._pause(stream.pause_s)
+                    due = stream.due()
+                else:
+                    await context.write(content)
+        finally:
+            stream.close()
+        return CallError(Status.UNAVAILABLE, DRAINING)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but no longer than until the front stops."""
+        assert self._closing is not None  # noqa: S101  for the type checker
+        await asyncio.wait((self._closing,), timeout=seconds)
 
     def _begin(self, call: Call) -> None:
         """Begin a call, together with the others that come in this round of the event loop."""
@@ -313,6 +382,7 @@ class GrpcioFront:
         reader.add_done_callback(self._readers.discard)
         reader.add_done_callback(lambda _: begun.put_nowait(None))
         call: _AioCall | None = None
+        self._answering += 1
         try:
             while (call := await begun.get()) is not None:
                 outcome = await call.outcome
@@ -326,6 +396,7 @@ class GrpcioFront:
             if reader.cancelled():  # by `stop`
                 await _abort(context, CallError(Status.UNAVAILABLE, DRAINING))
         finally:
+            self._answering -= 1
             reader.cancel()
             while call is not None:
                 call.cancel()

@@ -74,8 +74,10 @@ def open_repository(options) -> Iterator[Callable[..., Repository]]:
     """Return a function that makes a repository on a folder; `look` loads what is there."""
     opened = []
 
-    def open_repository(root: Path, *, look: bool = True, load=version.load, **changes):
-        repository = Repository(root, defaults=options(**changes), load=load)
+    def open_repository(
+        root: Path, *, look: bool = True, load=version.load, sampling=None, **changes
+    ):
+        repository = Repository(root, defaults=options(**changes), load=load, sampling=sampling)
         opened.append(repository)
         if look:
             repository.reconcile()
@@ -356,12 +358,18 @@ def serve() -> Iterator[Callable[..., str]]:
     def serve(*, credentials=None, options=(), **methods) -> str:
         server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0), *options])
         for name, method in methods.items():
-            service, messages = (
-                (PARITY, parity_pb2) if name == "GetParity" else (INFERENCE, inference_pb2)
+            parity = "Parity" in name or name in {"SampleTraffic", "ReportShadow"}
+            service, messages = (PARITY, parity_pb2) if parity else (INFERENCE, inference_pb2)
+            lasts = name in {"SampleTraffic", "StreamParity"}
+            asked = "GetParity" if name == "StreamParity" else name
+            make: Any = (
+                grpc.unary_stream_rpc_method_handler
+                if lasts
+                else grpc.unary_unary_rpc_method_handler
             )
-            handler: Any = grpc.unary_unary_rpc_method_handler(
+            handler = make(
                 method,
-                getattr(messages, f"{name}Request").FromString,
+                getattr(messages, f"{asked}Request").FromString,
                 lambda response: response.SerializeToString(),
             )
             server.add_generic_rpc_handlers(

@@ -1,8 +1,8 @@
 import pytest
 
-from service.access import CONTROL, OPEN, Access, read_tokens
+from service.access import CONTROL, OPEN, ROWS, Access, read_tokens
 from service.errors import PermissionDeniedError, SettingsError, UnauthenticatedError
-from service.rpc import INFER
+from service.rpc import INFER, SAMPLE
 
 TOKEN, OTHER, ADMIN = "a-token-of-a-user", "another-user-s-token", "a-token-of-an-admin"
 LOAD = "/inference.GRPCInferenceService/RepositoryModelLoad"
@@ -47,6 +47,26 @@ def test_loading_and_unloading_is_what_only_an_admin_may():
         assert check((TOKEN,), (ADMIN,), LOAD, metadata) is UnauthenticatedError
     assert check((), (ADMIN,), LOAD, {}) is UnauthenticatedError
     assert check((), (ADMIN,), LOAD, bearer(ADMIN)) == "passed"
+
+
+@pytest.mark.parametrize("path", sorted(ROWS))
+def test_rows_that_others_sent_are_what_only_an_admin_may_read_where_there_are_tokens(path):
+    assert check((), (), path, {}) == "passed"
+    for tokens in ((), (TOKEN,)):
+        assert check(tokens, (ADMIN,), path, bearer(ADMIN)) == "passed"
+        assert check(tokens, (ADMIN,), path, {}) is UnauthenticatedError
+    assert check((TOKEN,), (ADMIN,), path, bearer(TOKEN)) is PermissionDeniedError
+    assert check((TOKEN,), (), path, bearer(TOKEN)) is PermissionDeniedError
+
+
+def test_refusal_says_what_an_admin_s_token_is_needed_for():
+    for path, task in ((SAMPLE, "what a shadow does"), (LOAD, "loading and unloading")):
+        with pytest.raises(PermissionDeniedError) as caught:
+            Access((TOKEN,), (ADMIN,)).check(path, bearer(TOKEN))
+        assert str(caught.value) == f"{task} needs an admin's token"
+        with pytest.raises(PermissionDeniedError) as caught:
+            Access((TOKEN,), ()).check(path, bearer(TOKEN))
+        assert str(caught.value).startswith(f"{task} needs an admin's token, and this server knows")
 
 
 @pytest.mark.parametrize("path", [INFER, UNKNOWN, "", "/", "/grpc.health.v1.Health/check"])

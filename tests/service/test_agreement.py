@@ -3,11 +3,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from protos import bundle_pb2
+from protos import bundle_pb2, parity_pb2
 from service import agreement
 
 NAMES = ["a", "b", "c"]
@@ -38,7 +38,7 @@ def many(rows=3000):
     return reference, np.zeros(rows, np.int64)
 
 
-def figures(*, precision="float32", apart=0.0, **fields):
+def judged(*, precision="float32", apart=0.0, **fields):
     """A report that passes, with some of its figures replaced."""
     report = bundle_pb2.ParityReport(
         budget=agreement.Budget(precision, 20.0).message(),
@@ -175,8 +175,8 @@ def test_flip_with_a_margin_above_twice_the_budget_fails_even_when_the_percentil
 def test_largest_difference_at_the_budget_passes_and_beyond_it_fails(precision):
     limit = agreement.Budget(precision, 20.0).max_logit
 
-    assert figures(precision=precision, apart=limit).passed
-    report = figures(precision=precision, apart=math.nextafter(limit, 1))
+    assert judged(precision=precision, apart=limit).passed
+    report = judged(precision=precision, apart=math.nextafter(limit, 1))
     assert not report.passed
     assert report.failure.startswith("max |Δlogit| is")
 
@@ -185,8 +185,8 @@ def test_largest_difference_at_the_budget_passes_and_beyond_it_fails(precision):
 def test_hostile_difference_at_the_budget_passes_and_beyond_it_fails(precision):
     limit = agreement.Budget(precision, 20.0).max_logit
 
-    assert figures(precision=precision, hostile=bundle_pb2.Hostile(max_logit=limit)).passed
-    report = figures(
+    assert judged(precision=precision, hostile=bundle_pb2.Hostile(max_logit=limit)).passed
+    report = judged(
         precision=precision, hostile=bundle_pb2.Hostile(max_logit=math.nextafter(limit, 1))
     )
     assert not report.passed
@@ -196,25 +196,25 @@ def test_hostile_difference_at_the_budget_passes_and_beyond_it_fails(precision):
 def test_int8_is_judged_by_its_percentile_and_not_by_its_largest_difference():
     far = bundle_pb2.Difference(max=50)
 
-    assert figures(precision="int8", logits=far, apart=1.0).passed
-    report = figures(precision="int8", logits=far, apart=math.nextafter(1.0, 2))
+    assert judged(precision="int8", logits=far, apart=1.0).passed
+    report = judged(precision="int8", logits=far, apart=math.nextafter(1.0, 2))
     assert report.failure.startswith("99.9th percentile of |Δlogit| is 1, over the int8 budget")
 
 
 def test_int8_may_be_apart_on_hostile_inputs():
-    assert figures(precision="int8", hostile=bundle_pb2.Hostile(max_logit=99)).passed
+    assert judged(precision="int8", hostile=bundle_pb2.Hostile(max_logit=99)).passed
 
 
 def test_int8_needs_99_percent_agreement():
-    assert figures(precision="int8", agreement=0.99).passed
-    report = figures(precision="int8", agreement=math.nextafter(0.99, 0))
+    assert judged(precision="int8", agreement=0.99).passed
+    report = judged(precision="int8", agreement=math.nextafter(0.99, 0))
     assert report.failure == "top-1 agreement is 0.9900, expected 0.99"
-    assert figures(precision="float32", agreement=0.5).passed
+    assert judged(precision="float32", agreement=0.5).passed
 
 
 def test_int8_may_lose_three_thousandths_of_accuracy_and_no_more():
     def dropped(drop, precision="int8"):
-        return figures(
+        return judged(
             precision=precision,
             reference_accuracy=bundle_pb2.Accuracy(value=drop),
             accuracy=bundle_pb2.Accuracy(value=0),
@@ -229,7 +229,7 @@ def test_int8_may_lose_three_thousandths_of_accuracy_and_no_more():
 
 
 def test_judge_takes_a_failure_back_when_the_figures_are_mended():
-    report = figures(apart=1.0)
+    report = judged(apart=1.0)
     report.logits.Clear()
 
     agreement.judge(report)
@@ -254,7 +254,7 @@ def test_one_logit_that_is_not_finite_never_passes(precision, value, column):
 @pytest.mark.parametrize("precision", sorted(agreement.COEFFICIENT))
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_hostile_answer_that_is_not_finite_never_passes(precision, value):
-    report = figures(precision=precision, hostile=bundle_pb2.Hostile(max_logit=value))
+    report = judged(precision=precision, hostile=bundle_pb2.Hostile(max_logit=value))
 
     assert report.failure == "a logit is not finite"
 
@@ -402,3 +402,284 @@ def test_no_move_within_the_budget_makes_an_unexplained_flip(reference, seed):
     )
 
     assert report.flips_unexplained == 0
+
+
+PRECISIONS = st.sampled_from(sorted(agreement.COEFFICIENT))
+BUDGETS = st.builds(agreement.Budget, PRECISIONS, st.floats(1e-3, 1e6))
+
+
+def one_flip(margin, allowed):
+    """Rows of which the first has this margin, and a candidate whose first row has none.
+
+    With a tie the first column wins, so that the row flips although no logit moves by more than
+    half its margin. No row is right, before or after, and so no accuracy is lost.
+    """
+    reference = np.zeros((3000, 3), np.float32)
+    reference[:, 1] = 8 * allowed.max_logit
+    reference[0, 1] = margin
+    candidate = reference.copy()
+    candidate[0, :2] = margin / 2
+    return compared(
+        candidate,
+        precision=allowed.precision,
+        scale=allowed.scale,
+        reference=reference,
+        labels=np.full(len(reference), 2),
+    )
+
+
+def at_most(value):
+    """The largest float32 that is not above a value."""
+    nearest = np.float32(value)
+    return nearest if float(nearest) <= value else np.nextafter(nearest, np.float32(-np.inf))
+
+
+@given(BUDGETS, st.floats(1e-6, 1))
+def test_a_flip_whose_margin_is_within_twice_the_budget_passes(allowed, share):
+    report = one_flip(at_most(share * 2 * allowed.max_logit), allowed)
+
+    assert (report.flips_explained, report.flips_unexplained) == (1, 0)
+    assert report.passed, report.failure
+
+
+@given(BUDGETS)
+def test_a_flip_passes_up_to_the_last_float_within_twice_the_budget(allowed):
+    report = one_flip(at_most(2 * allowed.max_logit), allowed)
+
+    assert (report.flips_explained, report.flips_unexplained) == (1, 0)
+    assert report.passed, report.failure
+
+
+@given(BUDGETS)
+def test_a_flip_fails_from_the_next_float_above_twice_the_budget(allowed):
+    margin = np.nextafter(at_most(2 * allowed.max_logit), np.float32(np.inf))
+
+    report = one_flip(margin, allowed)
+
+    assert (report.flips_explained, report.flips_unexplained) == (0, 1)
+    assert not report.passed
+
+
+@given(BUDGETS, st.floats(2.001, 1e6))
+def test_a_flip_whose_margin_is_above_twice_the_budget_fails(allowed, budgets):
+    report = one_flip(np.float32(budgets * allowed.max_logit), allowed)
+
+    assert (report.flips_explained, report.flips_unexplained) == (0, 1)
+    assert not report.passed
+
+
+@pytest.mark.parametrize("precision", sorted(agreement.COEFFICIENT))
+def test_one_unexplained_flip_fails_alone_and_explained_ones_do_not(precision):
+    assert judged(precision=precision, flips_explained=7).passed
+    report = judged(precision=precision, flips_unexplained=1)
+    assert report.failure.startswith("1 rows change their top-1 class although the reference's")
+
+
+ROWS, SIZE = 12, 3
+FINITE = hnp.arrays(np.float32, (ROWS, SIZE), elements=st.floats(-50, 50, width=32))
+PIXELS = hnp.arrays(np.uint8, (ROWS, 2, 2, 1))
+
+
+@given(FINITE, FINITE, BUDGETS)
+def test_what_is_live_tells_flips_as_the_report_does(reference, served, allowed):
+    live = agreement.figures(reference, served, np.zeros((ROWS, 4), np.uint8), allowed=allowed)
+
+    report = compared(
+        served,
+        precision=allowed.precision,
+        scale=allowed.scale,
+        reference=reference,
+        labels=np.zeros(ROWS, np.int64),
+    )
+    assert (live.flips_explained, live.flips_unexplained, live.max_logit) == (
+        report.flips_explained,
+        report.flips_unexplained,
+        report.logits.max,
+    )
+    assert live.rows == live.agreed + live.flips_explained + live.flips_unexplained == ROWS
+    assert live.agreed == pytest.approx(report.agreement * ROWS)
+    assert live.sum_logit == pytest.approx(report.logits.mean * ROWS)
+    assert list(live.predicted) == np.bincount(served.argmax(axis=1), minlength=SIZE).tolist()
+    assert live.sum_confidence == pytest.approx(agreement.softmax(served).max(axis=1).sum())
+
+
+@given(FINITE, FINITE, PIXELS, BUDGETS, st.sets(st.integers(1, ROWS - 1)))
+def test_figures_of_parts_add_up_to_those_of_the_whole(reference, served, images, allowed, cuts):
+    whole = agreement.figures(reference, served, images, allowed=allowed)
+    total = parity_pb2.ShadowFigures()
+
+    parts = (np.split(array, sorted(cuts)) for array in (reference, served, images))
+    for part in zip(*parts, strict=True):
+        agreement.add(total, agreement.figures(*part, allowed=allowed))
+
+    for name in ("sum_logit", "sum_confidence"):  # in another order
+        assert getattr(total, name) == pytest.approx(getattr(whole, name))
+        setattr(total, name, getattr(whole, name))
+    assert total == whole
+
+
+@given(FINITE, st.integers(0, ROWS * SIZE - 1), st.booleans(), BUDGETS, st.data())
+def test_one_live_logit_that_is_not_finite_is_infinitely_far(logits, place, swap, allowed, data):
+    odd = logits.copy()
+    odd.flat[place] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    sides = (odd, logits) if swap else (logits, odd)
+
+    live = agreement.figures(*sides, np.zeros((ROWS, 4), np.uint8), allowed=allowed)
+
+    assert live.max_logit == live.sum_logit == math.inf > allowed.max_logit
+    near = agreement.figures(logits, logits, np.zeros((ROWS, 4), np.uint8), allowed=allowed)
+    total = parity_pb2.ShadowFigures()
+    for more in (near, live, near):
+        agreement.add(total, more)
+    assert total.max_logit == math.inf
+
+
+def test_infinities_on_both_sides_are_infinitely_far():
+    infinite = np.full((2, 3), np.inf, np.float32)
+
+    live = agreement.figures(
+        infinite, infinite, np.zeros((2, 4), np.uint8), allowed=agreement.Budget("int8", 20.0)
+    )
+
+    assert live.max_logit == math.inf
+
+
+def test_figures_of_what_has_no_classes_are_differences_alone():
+    reference = np.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    served = reference + np.array([[[0.5, 0.0]], [[0.0, 0.25]]])
+
+    live = agreement.figures(
+        reference,
+        served,
+        np.zeros((2, 1)),
+        allowed=agreement.Budget("float32", 1.0),
+        classes=False,
+    )
+
+    assert live == parity_pb2.ShadowFigures(rows=2, agreed=2, max_logit=0.5, sum_logit=0.375)
+
+
+@pytest.mark.parametrize(
+    ("reference", "served", "inputs"),
+    [
+        (REFERENCE, REFERENCE[:2], np.zeros((3, 4))),
+        (REFERENCE, REFERENCE[:, :2], np.zeros((3, 4))),
+        (REFERENCE, REFERENCE, np.zeros((2, 4))),
+        (REFERENCE[:0], REFERENCE[:0], np.zeros((0, 4))),
+    ],
+)
+def test_figures_of_other_rows_are_refused(reference, served, inputs):
+    with pytest.raises(
+        ValueError, match=r"rows were served \(\d, \d\), the original says \(\d, \d"
+    ):
+        agreement.figures(reference, served, inputs, allowed=agreement.Budget("int8", 1.0))
+
+
+@pytest.mark.parametrize("field", ["predicted", "pixel_mean"])
+def test_figures_that_cannot_be_added_leave_the_total_as_it_was(field):
+    total = parity_pb2.ShadowFigures(rows=3, predicted=[1, 2], pixel_mean=[0, 3])
+    before = parity_pb2.ShadowFigures.FromString(total.SerializeToString())
+    more = parity_pb2.ShadowFigures(rows=3, predicted=[2, 1], pixel_mean=[3, 0])
+    getattr(more, field).append(1)
+
+    with pytest.raises(ValueError, match="the figures have 3 classes or bins, not 2"):
+        agreement.add(total, more)
+
+    assert total == before
+
+
+@given(FINITE, PIXELS)
+def test_distribution_counts_every_test_image_once_in_each_histogram(reference, images):
+    found = agreement.distribution(reference, images)
+
+    assert list(found.predicted) == np.bincount(reference.argmax(axis=1), minlength=SIZE).tolist()
+    assert list(found.pixel_mean) == agreement.pixel_histogram(images)
+    assert sum(found.predicted) == sum(found.pixel_mean) == ROWS
+    assert 1 / SIZE <= found.confidence <= 1
+
+
+@given(FINITE, PIXELS)
+def test_the_test_set_itself_is_no_drift(reference, images):
+    expected = agreement.distribution(reference, images)
+    live = agreement.figures(reference, reference, images, allowed=agreement.Budget("float32", 1.0))
+
+    assert agreement.stability_index(expected.predicted, live.predicted) == 0
+    assert agreement.stability_index(expected.pixel_mean, live.pixel_mean) == 0
+    assert live.sum_confidence / live.rows == pytest.approx(expected.confidence)
+
+
+@given(hnp.arrays(np.uint8, (ROWS, 3, 2, 1)))
+def test_images_are_counted_by_their_exact_mean_pixel(images):
+    counted = agreement.pixel_histogram(images)
+
+    wanted = [0] * agreement.PIXEL_BINS
+    for image in images:
+        mean = Fraction(int(image.astype(int).sum()), image.size)
+        wanted[int(mean * agreement.PIXEL_BINS / 256)] += 1
+    assert counted == wanted
+
+
+def test_black_is_in_the_first_bin_and_white_in_the_last():
+    images = np.stack([np.zeros((2, 2, 1)), np.full((2, 2, 1), 255)]).astype(np.uint8)
+
+    assert agreement.pixel_histogram(images) == [1, *[0] * 14, 1]
+    assert agreement.pixel_histogram(np.full((1, 2, 2, 1), 15, np.uint8))[:2] == [1, 0]
+    assert agreement.pixel_histogram(np.full((1, 2, 2, 1), 16, np.uint8))[:2] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "inputs", [np.zeros((3, 2, 2, 1), np.float32), np.zeros((3, 4), np.uint8), np.zeros((3, 5))]
+)
+def test_what_is_no_image_has_no_pixels_to_count(inputs):
+    assert agreement.pixel_histogram(inputs) == []
+
+
+# So few that every share that is not 0 is above agreement.MIN_SHARE.
+COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=8).filter(any)
+
+
+@given(COUNTS, st.data())
+def test_stability_index_is_symmetric_never_negative_and_nothing_only_for_equal_shares(one, data):
+    other = data.draw(
+        st.lists(st.integers(0, 1000), min_size=len(one), max_size=len(one)).filter(any)
+    )
+    shares = [[Fraction(count, sum(counts)) for count in counts] for counts in (one, other)]
+
+    index = agreement.stability_index(one, other)
+
+    assert index == pytest.approx(agreement.stability_index(other, one))
+    assert math.isfinite(index)
+    assert (index == 0) == (shares[0] == shares[1])
+    assert index >= 0
+
+
+@given(COUNTS, st.integers(1, 1000))
+def test_stability_index_sees_shares_and_not_how_many_there_are(counts, times):
+    many_more = [count * times for count in counts]
+
+    assert agreement.stability_index(counts, many_more) == pytest.approx(0, abs=1e-12)
+
+
+@given(COUNTS, st.data())
+def test_stability_index_does_not_depend_on_the_order_of_the_bins(one, data):
+    assume(len(one) > 1)
+    other = data.draw(st.permutations(one))
+    order = data.draw(st.permutations(range(len(one))))
+
+    moved_alike = agreement.stability_index([one[i] for i in order], [other[i] for i in order])
+
+    assert moved_alike == pytest.approx(agreement.stability_index(one, other))
+
+
+def test_stability_index_by_hand():
+    assert agreement.stability_index([1, 3], [3, 1]) == pytest.approx(math.log(3))
+    empty = (1 - 1e-4) * math.log(1e4)  # the share of an empty bin is taken as 1e-4
+    assert agreement.stability_index([5, 0], [0, 5]) == pytest.approx(2 * empty)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"), [([1, 2], [1, 2, 3]), ([0, 0], [1, 2]), ([1, 2], [0, 0]), ([], [])]
+)
+def test_histograms_that_cannot_be_compared_are_refused(expected, found):
+    with pytest.raises(ValueError, match="bins, expected counts in the same"):
+        agreement.stability_index(expected, found)

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import threading
 import time
 from functools import partial
@@ -353,3 +354,155 @@ def test_timeout_of_a_call_is_for_all_its_requests_together(serve, model, tiny):
         assert left[1] < left[0] - 0.1 < 3  # gRPC rounds up, by some percent
         client.predict(tiny.images(9), model="tiny")
         assert all(one > 100 for one in left[2:])
+
+
+# Sampled rows
+
+
+def about(shape=(-1, 2, 2, 1), output=(-1, 3), **properties):
+    response = pb.ModelMetadataResponse(
+        name="tiny", properties={"parity.output": "logits", **properties}
+    )
+    response.inputs.add(name="image", datatype="UINT8", shape=shape)
+    response.outputs.add(name="probabilities", datatype="FP32", shape=(-1, 9))
+    response.outputs.add(name="logits", datatype="FP32", shape=output)
+    return response
+
+
+def rows_of(rows=2, **fields):
+    usual = {
+        "model": "tiny",
+        "version": "1",
+        "parent_sha256": "ab",
+        "rows": rows,
+        "input": bytes(range(4 * rows)),
+        "output": np.arange(3 * rows, dtype=np.float32).tobytes(),
+        "dropped": 7,
+    }
+    return parity_pb2.SampledRows(**{**usual, **fields})
+
+
+def sampled(serve, answers, *described):
+    """Return what a client makes of sampled rows, and how often it asked what they are of."""
+    given = iter(described)
+    asked = []
+
+    def metadata(request, context):
+        asked.append((request.name, request.version))
+        return next(given, described[-1])
+
+    address = serve(ModelMetadata=metadata, SampleTraffic=lambda request, context: iter(answers))
+    with Client(address) as client:
+        return list(client.sample()), len(asked)
+
+
+def test_sampled_rows_are_arrays_of_the_model_s_kind(serve):
+    (one, other), asked = sampled(serve, [rows_of(), rows_of(1)], about())
+
+    assert (one.model, one.version, one.parent_sha256, one.dropped) == ("tiny", "1", "ab", 7)
+    assert one.inputs.dtype == np.uint8
+    assert one.inputs.tolist() == np.arange(8).reshape(2, 2, 2, 1).tolist()
+    assert one.outputs.dtype == np.float32
+    assert one.outputs.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert other.inputs.shape == (1, 2, 2, 1)
+    assert not one.inputs.flags.writeable
+    assert asked == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((-1, 2, -1, 1), (2, 2, 2, 1)), ((-1, -1, -1, 1), (2, 4)), ((-1, 4), (2, 4)), ((-1,), (2,))],
+)
+def test_free_sizes_are_found_where_there_is_one_and_else_a_row_is_flat(serve, shape, expected):
+    content = bytes(math.prod(expected))
+
+    (one,), _ = sampled(serve, [rows_of(input=content)], about(shape))
+
+    assert one.inputs.shape == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "described", "code"),
+    [
+        (rows_of(input=b"123"), about(), "INTERNAL"),
+        (rows_of(output=b"123"), about(), "INTERNAL"),
+        (rows_of(input=b"123"), about((-1, -1)), "INTERNAL"),
+        (rows_of(0), about(), "INTERNAL"),
+        (rows_of(), about((-1, 0)), "INTERNAL"),
+        (rows_of(), about(**{"parity.output": "none"}), "UNIMPLEMENTED"),
+    ],
+)
+def test_rows_that_do_not_fit_their_model_are_refused(serve, answer, described, code):
+    with pytest.raises(ServerError) as caught:
+        sampled(serve, [answer], described)
+
+    assert caught.value.code == code
+
+
+def test_rows_of_a_version_that_was_loaded_anew_are_read_as_what_it_is_now(serve):
+    found, asked = sampled(serve, [rows_of(), rows_of(input=bytes(6))], about(), about((-1, 3)))
+
+    assert [one.inputs.shape for one in found] == [(2, 2, 2, 1), (2, 3)]
+    assert asked == 2
+
+
+def test_rows_are_passed_over_whose_version_has_left(serve):
+    def metadata(request, context):
+        if request.version == "1":
+            context.abort(CODE.UNAVAILABLE, "'tiny' version 1 is not at ready state")
+        if request.version == "2":
+            context.abort(CODE.NOT_FOUND, "'tiny' version 2 is not found")
+        return about()
+
+    def sample(request, context):
+        for version in "123":
+            yield rows_of(version=version)
+
+    with Client(serve(ModelMetadata=metadata, SampleTraffic=sample)) as client:
+        assert [one.version for one in client.sample()] == ["3"]
+
+
+def test_report_and_watch_say_what_they_are_about(serve):
+    told = []
+    version = parity_pb2.VersionParity(model="tiny")
+
+    def report(request, context):
+        told.append(request)
+        return parity_pb2.ReportShadowResponse()
+
+    def watch(request, context):
+        told.append(request)
+        for _ in range(2):
+            yield parity_pb2.GetParityResponse(versions=[version])
+
+    figures = parity_pb2.ShadowFigures(rows=3)
+    with Client(serve(ReportShadow=report, StreamParity=watch)) as client:
+        client.report(figures, model="tiny", version="1", parent_sha256="ab")
+        answers = list(client.watch_parity("tiny", "1"))
+
+    assert told == [
+        parity_pb2.ReportShadowRequest(
+            model="tiny", version="1", parent_sha256="ab", figures=figures
+        ),
+        parity_pb2.GetParityRequest(model="tiny", version="1"),
+    ]
+    assert [list(answer.versions) for answer in answers] == [[version]] * 2
+
+
+def test_stream_of_a_server_that_knows_none_or_is_not_there_says_so(serve, model):
+    with Client(serve(**model.methods())) as client, pytest.raises(ServerError) as caught:
+        next(client.sample())
+    with Client(NOBODY) as client, pytest.raises(ServerError) as nobody:
+        next(client.watch_parity())
+
+    assert caught.value.code == "UNIMPLEMENTED"
+    assert nobody.value.code == "UNAVAILABLE"
+    assert str(nobody.value).startswith("no server answers at")
+
+
+def test_stream_of_a_closed_client_is_refused(serve, model):
+    client = Client(serve(**model.methods()))
+    client.close()
+
+    with pytest.raises(ValueError, match="closed"):
+        next(client.sample())

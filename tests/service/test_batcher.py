@@ -953,3 +953,56 @@ def test_batch_that_fails_at_once_is_run_one_by_one_and_frees_its_instance(make_
     assert good.result() == [2]
     assert isinstance(bad.error(), ModelError)
     assert batcher.is_idle()
+
+
+# Who is shown what was answered
+
+
+def test_rows_are_shown_with_their_answers_before_others_take_their_place(make_batcher):
+    begun, go = threading.Event(), threading.Event()
+    shown: list[tuple[list[int], list[int]]] = []
+
+    def run(batch):
+        return {"doubled": 2 * batch.astype(np.int64)}
+
+    def sample(inputs, answers):
+        begun.set()
+        assert go.wait(WAIT_S)
+        shown.append((inputs.ravel().tolist(), answers["doubled"].ravel().tolist()))
+
+    batcher = make_batcher(run, instances=2)
+    batcher.sample = sample
+    pairs = [[Request(i), Request(i + 1)] for i in range(0, 40, 2)]
+    first = pairs[0]
+    for request in first:
+        batcher.submit(request.ticket, stay=True)
+    thread = threading.Thread(target=batcher.work, args=(math.inf,))
+    thread.start()
+    assert begun.wait(WAIT_S)
+    assert [request.result() for request in first] == [[0], [2]]  # answered before they are shown
+    batcher.sample = None
+    for pair in pairs[1:]:  # which would be joined in the same memory
+        for request in pair:
+            batcher.submit(request.ticket, stay=True)
+        batcher.work(math.inf)
+    go.set()
+    thread.join()
+
+    assert shown == [([0, 1], [0, 2])]
+
+
+def test_failure_of_who_is_shown_rows_fails_no_answer_and_is_not_repeated(make_batcher, caplog):
+    def sample(inputs, answers):
+        raise MemoryError
+
+    batcher = make_batcher(lambda batch: {"doubled": 2 * batch})
+    batcher.sample = sample
+    for _ in range(3):
+        request = Request(4)
+        submit(batcher, request)
+        assert request.result() == [8]
+
+    until(lambda: batcher.sample is None)
+    assert [record.message for record in caplog.records] == [
+        "the rows of 'tiny' version 1 cannot be sampled; they are no longer"
+    ]

@@ -91,7 +91,7 @@ def test_help_of_serve_stands_in_panels_one_a_subject(run):
 
     panels = [re.match(r"╭─ (\w+) ─", line) for line in lines]
     assert [panel[1] for panel in panels if panel] == [
-        "Options", "Models", "Network", "Batching", "Security", "Operation",
+        "Options", "Models", "Network", "Batching", "Parity", "Security", "Operation",
     ]  # fmt: skip
 
 

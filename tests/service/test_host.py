@@ -192,3 +192,9 @@ def test_memory_that_was_freed_between_what_is_in_use_is_given_back():
 
     assert resident_bytes() < before_bytes - (100 << 20)
     assert len(in_use) == 500
+
+
+def test_of_a_processors_flags_only_those_that_kernels_differ_by_are_told():
+    found = host.Processor("Fast", frozenset({"fpu", "avx2", "fma", "ht", "avx512_vnni"}))
+
+    assert found.kernel_flags == ("fma", "avx2", "avx512_vnni")

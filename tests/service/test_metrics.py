@@ -8,7 +8,18 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import COUNTERS, GAUGES, HISTOGRAMS, PARITY, Metrics
+from protos import bundle_pb2, parity_pb2
+from service import agreement
+from service.live import LiveStore
+from service.metrics import (
+    COUNTERS,
+    GAUGES,
+    HISTOGRAMS,
+    LIVE_COUNTERS,
+    LIVE_GAUGES,
+    PARITY,
+    Metrics,
+)
 from service.statistics import FAILURES, Execution, Figure, Store
 
 TINY = {"model": "tiny", "version": "3"}
@@ -256,3 +267,95 @@ def test_cpu_time_of_a_process_that_has_ended_is_kept(children):
         assert after["process_open_fds"] < before["process_open_fds"]
     pids = []
     assert {*process(told)} == {"process_cpu_seconds_total"}
+
+
+# Live parity
+
+
+def live_metrics(store):
+    return Metrics(Store().snapshots, list, live=store.all, version="1", onnxruntime="1")
+
+
+def opened(store, **expected):
+    budget = agreement.Budget("float32", 100.0).message()
+    return store.open(("tiny", 3), budget, bundle_pb2.TestDistribution(**expected))
+
+
+def live_values(store):
+    return {
+        name: found
+        for name, labels, found in samples(live_metrics(store))
+        if name.startswith(("serve_export_live", "serve_export_sampled")) and labels == TINY
+    }
+
+
+def test_live_parity_is_told_of_the_total_and_of_the_window():
+    store = LiveStore()
+    live = opened(store, predicted=[300, 300], pixel_mean=[600, *[0] * 15])
+    live.count(sampled=1000, dropped=7)
+    live.add(
+        parity_pb2.ShadowFigures(
+            rows=600,
+            agreed=595,
+            flips_explained=3,
+            flips_unexplained=2,
+            max_logit=0.25,
+            sum_confidence=540,
+            predicted=[300, 300],
+            pixel_mean=[600, *[0] * 15],
+        )
+    )
+
+    assert live_values(store) == {
+        "serve_export_sampled_rows": 1000,
+        "serve_export_sampled_rows_dropped": 7,
+        "serve_export_live_rows": 600,
+        "serve_export_live_flips_explained": 3,
+        "serve_export_live_flips_unexplained": 2,
+        "serve_export_live_window_rows": 600,
+        "serve_export_live_passed": 0,
+        "serve_export_live_max_logit_difference": 0.25,
+        "serve_export_live_max_logit_allowed": pytest.approx(1e-3),
+        "serve_export_live_agreement": pytest.approx(595 / 600),
+        "serve_export_live_confidence": pytest.approx(0.9),
+        "serve_export_live_predicted_psi": 0,
+        "serve_export_live_pixel_mean_psi": 0,
+    }
+
+
+def test_nothing_is_told_of_a_window_without_reports():
+    store = LiveStore()
+    opened(store).count(sampled=5)
+
+    assert live_values(store) == {
+        **dict.fromkeys(LIVE_COUNTERS, 0),
+        "serve_export_sampled_rows": 5,
+    }
+    assert not set(LIVE_GAUGES) & set(live_values(store))
+
+
+def test_generic_model_has_neither_confidence_nor_drift():
+    store = LiveStore()
+    live = opened(store)
+    live.count(sampled=600)
+    live.add(parity_pb2.ShadowFigures(rows=600, agreed=600))
+
+    assert live_values(store)["serve_export_live_passed"] == 1
+    missing = set(LIVE_GAUGES) - set(live_values(store))
+    assert missing == {
+        f"serve_export_live_{one}"
+        for one in (
+            "confidence",
+            "predicted_psi",
+            "pixel_mean_psi",
+        )
+    }
+
+
+def test_live_metrics_have_types_and_texts():
+    text = live_metrics(LiveStore()).text().decode()
+
+    for names, kind in ((LIVE_COUNTERS, "counter"), (LIVE_GAUGES, "gauge")):
+        for name in names:
+            assert f"# TYPE {name} {kind}\n" in text
+            assert f"# HELP {name} " in text

@@ -14,10 +14,20 @@ from protos import inference_pb2, model_config_pb2, parity_pb2
 from service import errors, version
 from service.call import CallError, Status
 from service.model_config import VersionPolicy
-from service.rpc import INFER, NOT_DONE, STREAM, Rpc, stream_answer, stream_refusal
+from service.rpc import (
+    INFER,
+    NOT_DONE,
+    SAMPLE,
+    STREAM,
+    WATCH,
+    Rpc,
+    stream_answer,
+    stream_refusal,
+)
 
 INFERENCE = "/inference.GRPCInferenceService/"
 PARITY = "/train_export.v1.ParityService/GetParity"
+REPORT = "/train_export.v1.ParityService/ReportShadow"
 ANSWERED = (
     "ServerLive",
     "ServerReady",
@@ -41,7 +51,7 @@ SAID_NOT_TO_BE_DONE = (
     "TraceSetting",
     "LogSettings",
 )
-PATHS = [*(INFERENCE + name for name in ANSWERED), PARITY]
+PATHS = [*(INFERENCE + name for name in ANSWERED), PARITY, REPORT]
 POLLING = (
     "explicit model load / unload is not allowed if polling is enabled; "
     "start the server with --model-control explicit"
@@ -67,7 +77,7 @@ def begin(asked):
 
 
 def message(path, kind="Request", **fields):
-    module: Any = parity_pb2 if path == PARITY else inference_pb2
+    module: Any = parity_pb2 if path in {PARITY, REPORT} else inference_pb2
     return getattr(module, path.rpartition("/")[2] + kind)(**fields)
 
 
@@ -145,7 +155,8 @@ def test_every_rpc_of_the_protocol_is_answered_or_said_not_to_be_done(rpc):
         f"/{service.full_name}/{method.name}" for service in services for method in service.methods
     }
 
-    assert described == {*PATHS, STREAM}
+    assert described == {*PATHS, STREAM, SAMPLE, WATCH}
+    assert set(rpc.streaming) == {SAMPLE, WATCH}
     assert set(NOT_DONE) == {INFERENCE + name for name in SAID_NOT_TO_BE_DONE}
     assert sorted(rpc.paths) == sorted([*PATHS, *NOT_DONE])
     assert rpc.streamed == INFER

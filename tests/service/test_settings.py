@@ -96,7 +96,7 @@ def test_every_setting_says_what_it_means_and_stands_in_a_group():
     groups = {field.metadata["group"] for field in fields(Settings)}
 
     assert all(field.metadata["help"].endswith(".") for field in fields(Settings))
-    assert groups == {"Models", "Network", "Batching", "Security", "Operation"}
+    assert groups == {"Models", "Network", "Batching", "Parity", "Security", "Operation"}
 
 
 def test_no_setting_is_a_secret():

@@ -69,6 +69,8 @@ def test_version_that_passed_carries_its_manifest_session_and_self_check(make_bu
     assert list(check.providers) == ["CPUExecutionProvider"]
     assert check.seconds > 0
     assert check.cpu == host.processor().name != ""
+    assert tuple(check.cpu_flags) == host.processor().kernel_flags
+    assert check.session.graph_optimization == "all"
     assert datetime.fromisoformat(check.checked).utcoffset() is not None
     images = tiny.images(5)
     np.testing.assert_array_equal(loaded.session.run(images)["logits"], tiny.logits(images))

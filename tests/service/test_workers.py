@@ -18,6 +18,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import inference_pb2, inference_pb2_grpc
+from service import agreement
+from service.client import Client
+from service.errors import ServerError
 from service.statistics import Figure
 
 SHORT = ("--max-batch-rows", "8", "--threads", "1", "--instances", "1")
@@ -375,3 +378,48 @@ def test_worker_that_cannot_start_ends_them_all_with_its_reason_in_the_log(start
     )
     assert "tiny/1/model.onnx is missing" in server.log.read_text()
     assert children(server.popen.pid) == set()
+
+
+def test_what_a_shadow_reports_to_one_worker_every_one_tells(start, infer, tiny):
+    server = start(*FREE, "--metrics-address", "127.0.0.1:0", "--sample-rate", "1")
+    address = server.address()
+    rows: list[Any] = []
+    ended = []
+
+    def read(client):
+        try:
+            for one in client.sample():
+                rows.append(one)  # noqa: PERF402  while others look
+        except ServerError as error:
+            ended.append(error.code)
+
+    with ExitStack() as stack:
+        shadows = [stack.enter_context(Client(address)) for _ in range(4)]  # of both, most likely
+        threads = [threading.Thread(target=read, args=(client,)) for client in shadows]
+        for thread in threads:
+            thread.start()
+        asked = until(lambda: rows or not ask(address, infer(tiny.images(2), model_version="1")))
+        assert asked
+        time.sleep(0.5)
+        for one in tuple(rows):
+            found = agreement.figures(
+                tiny.logits(one.inputs),
+                one.outputs,
+                one.inputs,
+                allowed=agreement.Budget("float32", 40.0),
+            )
+            shadows[0].report(found, model="tiny", version="1", parent_sha256="")
+        reported = sum(len(one.inputs) for one in rows)
+        told = {client.parity("tiny").versions[0].live.total.rows for client in shadows}
+        others = [stack.enter_context(Client(address)) for _ in range(8)]
+        told |= {client.parity("tiny").versions[0].live.total.rows for client in others}
+
+        assert told == {reported}
+        assert metric(server, "serve_export_live_rows") == reported
+        assert metric(server, "serve_export_live_passed") == 1
+        assert metric(server, "serve_export_sampled_rows") >= reported
+        for client in shadows:
+            client.close()
+        for thread in threads:
+            thread.join(WAIT_S)
+    assert ended == ["CANCELLED"] * 4

@@ -26,12 +26,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import inference_pb2, inference_pb2_grpc, parity_pb2, parity_pb2_grpc
-from service.access import CONTROL, OPEN, Access
+from service.access import CONTROL, OPEN, ROWS, Access
 from service.call import CallError, Status
-from service.errors import AddressError, SettingsError
+from service.errors import AddressError, LimitError, SettingsError
 from service.front.grpcio import CODES, MAX_STREAMED, GrpcioFront, Transport
 from service.front.native import NativeFront
-from service.rpc import INFER, INFERENCE, SERVICES, STREAM, Rpc
+from service.rpc import INFER, INFERENCE, SAMPLE, SERVICES, STREAM, WATCH, Rpc
 
 LARGE = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
@@ -54,6 +54,7 @@ class Fake:
 
     paths = (INFER, LIVE)
     streamed = INFER
+    streaming: tuple[str, ...] = ()
 
     def __init__(self, begin=lambda call: None):
         self.calls: list[Any] = []
@@ -813,6 +814,134 @@ def test_watcher_that_takes_nothing_stops_neither_the_others_nor_the_server(fron
         asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(WAIT_S)
 
 
+class Rows:
+    """A stream that has as many messages as the test says, each when it is asked for."""
+
+    pause_s = 0.01
+
+    def __init__(self, content=b"row"):
+        self.content = content
+        self.left = 0
+        self.sent = 0
+        self.error: Exception | None = None
+        self.closed = threading.Event()
+
+    def due(self):
+        if self.error is not None:
+            raise self.error
+        while self.left:
+            self.left -= 1
+            self.sent += 1
+            yield self.content
+
+    def close(self):
+        assert not self.closed.is_set()
+        self.closed.set()
+
+
+class Streaming(Fake):
+    """An Rpc with a stream that lasts."""
+
+    streaming = (SAMPLE,)
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def open(self, call):
+        if isinstance(self.rows, CallError):
+            raise self.rows
+        self.calls.append(call)
+        return self.rows
+
+
+def sampled(channel):
+    return channel.unary_stream(SAMPLE)(b"question", timeout=WAIT_S)
+
+
+def test_stream_that_lasts_is_sent_what_is_due_until_its_caller_leaves(front, dial):
+    rows = Rows()
+    fake = Streaming(rows)
+    _, address = front(fake)
+    answers = sampled(dial(address))
+
+    for count in (1, 3):
+        rows.left = count
+        assert [next(answers) for _ in range(count)] == [b"row"] * count
+    (call,) = fake.calls
+    assert (call.path, call.over) == (SAMPLE, False)
+    answers.cancel()
+
+    assert rows.closed.wait(WAIT_S)
+    until(lambda: call.over)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_refusal_of_a_stream_that_lasts_reaches_the_caller(front, dial, later):
+    rows: Any = Rows()
+    error = CallError(Status.RESOURCE_EXHAUSTED, "enough of them")
+    if later:
+        rows.error = LimitError("enough of them")
+    else:
+        rows = error
+    _, address = front(Streaming(rows))
+
+    found = refusal(lambda: next(sampled(dial(address))))
+
+    assert found == (grpc.StatusCode.RESOURCE_EXHAUSTED, "enough of them")
+    if later:
+        assert rows.closed.wait(WAIT_S)
+
+
+def test_failure_inside_of_a_stream_that_lasts_is_told_as_a_token_alone(front, dial, caplog):
+    rows = Rows()
+    rows.error = OSError("disk full at /secret")
+    _, address = front(Streaming(rows))
+
+    code, text = refusal(lambda: next(sampled(dial(address))))
+
+    assert code is grpc.StatusCode.INTERNAL
+    assert text.startswith("internal error, request ")
+    assert "secret" in caplog.text
+    assert rows.closed.is_set()
+
+
+def test_stop_ends_streams_that_last_at_once_and_says_why(front, loop, dial):
+    rows = Rows()
+    front, address = front(Streaming(rows))
+    answers = sampled(dial(address))
+    rows.left = 1
+    assert next(answers) == b"row"
+
+    asyncio.run_coroutine_threadsafe(front.stop(10 * WAIT_S), loop).result(WAIT_S)
+
+    assert refusal(lambda: next(answers)) == (grpc.StatusCode.UNAVAILABLE, DRAINING)
+    assert rows.closed.is_set()
+
+
+def test_reader_that_takes_nothing_holds_neither_memory_nor_the_stop(front, loop, dial):
+    rows = Rows(bytes(1 << 19))
+    fake = Streaming(rows)
+    front, address = front(fake)
+    with Http2(address, settings=[(INITIAL_WINDOW_SIZE, 0)]) as stuck:
+        stuck.call(SAMPLE, b"")
+        rows.left = 10**6
+        until(lambda: rows.sent)
+        running = dial(address).unary_unary(INFER).future(b"", timeout=WAIT_S)
+        until(lambda: any(call.path == INFER for call in fake.calls))
+        time.sleep(0.2)
+        assert rows.sent < 64  # some of them on their way, in windows and in buffers
+
+        stopping = asyncio.run_coroutine_threadsafe(front.stop(10 * WAIT_S), loop)
+        time.sleep(1)
+        assert not stopping.done()  # others are let finish
+        next(call for call in fake.calls if call.path == INFER).answer(b"done")
+        assert running.result(WAIT_S) == b"done"
+        stopping.result(WAIT_S)
+
+    assert rows.closed.wait(WAIT_S)
+
+
 GARBAGE = b"\x0a\xff"
 
 
@@ -884,8 +1013,8 @@ def test_reflection_describes_every_service_with_all_of_its_files(listen, dial):
     assert sorted(found.services) == sorted(
         [*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"]
     )
-    assert INFER in found.methods()
-    assert len(found.methods()) == 12 + 1 + 3 + 1
+    assert {INFER, SAMPLE, WATCH} < set(found.methods())
+    assert len(found.methods()) == 12 + 4 + 3 + 1
 
 
 def test_client_that_knows_only_reflection_can_ask_for_an_inference(listen, dial, rpc, infer, tiny):
@@ -970,7 +1099,7 @@ def test_every_rpc_of_every_service_wants_a_token_but_health(listen, dial, rpc):
     channel = dial(listen(rpc, access=Access((USER,), (ADMIN,))))
     found = discover(channel, bearer(USER))
     paths = {*found.methods(), *rpc.paths, *UNKNOWN}
-    assert {INFER, STREAM, REFLECTION} | OPEN | CONTROL <= paths
+    assert {INFER, STREAM, WATCH, REFLECTION} | OPEN | CONTROL | ROWS <= paths
 
     for path in sorted(paths):
         for metadata in ((), bearer("nonsense"), (("authorization", USER),)):
@@ -979,7 +1108,7 @@ def test_every_rpc_of_every_service_wants_a_token_but_health(listen, dial, rpc):
     for path in sorted(paths):
         refused = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
         assert outcome(channel, path, bearer(ADMIN)) not in refused, path
-        if path in CONTROL:
+        if path in CONTROL | ROWS:
             assert outcome(channel, path, bearer(USER)) == "PERMISSION_DENIED"
         else:
             assert outcome(channel, path, bearer(USER)) not in refused, path

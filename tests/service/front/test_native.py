@@ -38,6 +38,7 @@ class Fake:
 
     paths = (INFER, LIVE)
     streamed = INFER
+    streaming: tuple[str, ...] = ()
 
     def __init__(self, answer=lambda call: call.answer(b"")):
         self.calls: list[Any] = []
