@@ -4,6 +4,7 @@ The statistics and the verdict only, on arrays: nothing here runs a model or rea
 original TensorFlow model is the *reference*, what is held against it the *candidate*.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,13 +218,12 @@ def add(total: parity_pb2.ShadowFigures, more: parity_pb2.ShadowFigures) -> None
     Raises:
         ValueError: they have another number of classes or bins.
     """
-    for mine, theirs in ((total.predicted, more.predicted), (total.pixel_mean, more.pixel_mean)):
-        if not mine:
-            mine.extend(theirs)
-        elif len(mine) != len(theirs):
+    counts = ((total.predicted, more.predicted), (total.pixel_mean, more.pixel_mean))
+    for mine, theirs in counts:
+        if total.rows and len(mine) != len(theirs):
             raise ValueError(f"the figures have {len(theirs)} classes or bins, not {len(mine)}")
-        else:
-            mine[:] = [one + other for one, other in zip(mine, theirs, strict=True)]
+    for mine, theirs in counts:
+        mine[:] = [one + other for one, other in itertools.zip_longest(mine, theirs, fillvalue=0)]
     total.rows += more.rows
     total.agreed += more.agreed
     total.flips_explained += more.flips_explained
@@ -272,9 +272,12 @@ def stability_index(expected: Sequence[int], found: Sequence[int]) -> float:
     return float(((q - p) * np.log(q / p)).sum())
 
 
-def margins(logits: Logits) -> NDArray[np.float32]:
-    """Return how far each row's highest logit is above its second, float32 (rows,)."""
-    top_two = np.partition(logits, -2, axis=1)[:, -2:]
+def margins(logits: Logits) -> NDArray[np.float64]:
+    """Return how far each row's highest logit is above its second, float64 (rows,).
+
+    In float64, exactly: against an array of float32 numpy would round a budget first.
+    """
+    top_two = np.partition(logits, -2, axis=1)[:, -2:].astype(np.float64)
     return top_two[:, 1] - top_two[:, 0]
 
 

@@ -4,6 +4,7 @@ Files against the manifest, tensors against the manifest, every batch rung once,
 within the published budget: whatever fails is a refusal with its reason.
 """
 
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ def load(path: Path, options: ModelOptions) -> Version:
         providers=options.providers,
     )
     _check_schema(content, session)
+    _check_metadata(content, session.metadata)
     _check_golden(content)
     warmed = session.warm_up(options.max_batch_rows, content.golden.inputs[0])
     report = _answer_golden(content, session, options.max_batch_rows)
@@ -105,6 +107,31 @@ def _check_schema(content: bundle.Bundle, session: Session) -> None:
         raise BundleError(
             f"{bundle.shown(content.path)} takes the shape {list(spec.shape)}, "
             "expected -1 for the batch first, and no size of 0"
+        )
+
+
+def _check_metadata(content: bundle.Bundle, said: Mapping[str, str]) -> None:
+    """Refuse a model that says it is another, or names its classes otherwise: logits show neither.
+
+    What a model does not say is not asked: only our exports say it.
+    """
+    manifest = content.manifest
+    model = bundle.shown(content.path, bundle.MODEL)
+    parent = manifest.provenance.parent_sha256
+    if parent and said.get("parent.sha256", parent) != parent:
+        raise BundleError(
+            f"{model} comes from the original {said['parent.sha256'][:12]}, its manifest is of "
+            f"{parent[:12]}; publish it again"
+        )
+    labels = list(manifest.labels)
+    try:
+        found = json.loads(said.get("labels", "null"))
+    except ValueError:
+        found = said["labels"]
+    if labels and found not in (None, labels):
+        raise BundleError(
+            f"{model} has the labels {str(found)[:200]}, its manifest {str(labels)[:200]}; "
+            "publish it again"
         )
 
 

@@ -24,8 +24,17 @@ def write(serve: tf.types.experimental.PolymorphicFunction, path: Path, metadata
     Raises:
         ExportError: the graph has other inputs or outputs than the function, or is not valid.
     """
-    model = passes.improve(convert(serve))
+    save(passes.improve(convert(serve)), path, metadata)
+
+
+def save(model: onnx.ModelProto, path: Path, metadata: Metadata) -> None:
+    """Describe a graph, check it, write it.
+
+    Raises:
+        ExportError: the graph has other inputs or outputs than it should, or is not valid.
+    """
     model.graph.name = "model"
+    del model.metadata_props[:]
     for key, text in metadata.texts.items():
         model.metadata_props.add(key=key, value=text)
     _check(model)
@@ -52,14 +61,14 @@ def _name_batch_axis(model: onnx.ModelProto) -> None:
 
 
 def _check(model: onnx.ModelProto) -> None:
-    inputs = [value.name for value in model.graph.input]
-    outputs = sorted(value.name for value in model.graph.output)
-    if inputs != ["image"] or outputs != ["logits", "probabilities"]:
-        raise ExportError(
-            f"tf2onnx wrote the inputs {inputs} and outputs {outputs}, "
-            "expected image, and logits and probabilities"
-        )
+    found = {
+        value.name: onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    expected = {"image": "uint8", "logits": "float", "probabilities": "float"}
+    if found != expected or len(model.graph.input) != 1:
+        raise ExportError(f"the graph has the inputs and outputs {found}, expected {expected}")
     try:
         onnx.checker.check_model(model, full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"tf2onnx wrote a graph that is not valid: {error}") from error
+        raise ExportError(f"the graph is not valid: {error}") from error

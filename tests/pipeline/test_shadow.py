@@ -44,7 +44,7 @@ sys.exit(__main__.main())
 """
 
 
-class Lines:
+class Lines(Client):
     """The original of every version, and a server that samples what it is given, as a client."""
 
     def __init__(self, *sampled, refusals=()):
@@ -55,7 +55,7 @@ class Lines:
         self.asked = 0
         self.waiting = threading.Event()
 
-    def sample(self, model):
+    def sample(self, model=""):
         self.asked += 1
         while self.sampled:
             found = self.sampled.pop(0)
@@ -66,7 +66,7 @@ class Lines:
         threading.Event().wait(60)
         yield
 
-    def report(self, figures, *, model, version, parent_sha256):
+    def report(self, figures, *, model, version, parent_sha256, **_):
         self.calls += 1
         if self.refusals:
             raise self.refusals.pop(0)
@@ -75,7 +75,7 @@ class Lines:
         )
         agreement.add(total, figures)
 
-    def parity(self, model, version):
+    def parity(self, model="", version="", **_):
         live = parity_pb2.LiveParity(budget=BUDGET.message(), window_s=300)
         found = self.reported.get((model, version, "parent"), parity_pb2.ShadowFigures())
         live.window.CopyFrom(found)
@@ -247,7 +247,7 @@ def test_rows_that_nobody_rescores_are_left_with_the_server(tiny, originals, mon
         return known(rows)
 
     client = Lines(*blocks(tiny, tiny.images(20), *range(1, 20)))
-    shadowing = shadow.Shadow(client, SimpleNamespace(of=of))
+    shadowing = shadow.Shadow(client, SimpleNamespace(of=of))  # type: ignore[arg-type] # all of it that is asked
     running = threading.Thread(target=shadowing.run)
     running.start()
     assert started.wait(30)
@@ -333,16 +333,19 @@ def bundled(make_bundle, saved, tmp_path):
     return made
 
 
-class Knowing:
+class Knowing(Client):
     """A server that only knows what a version may differ by, as a client."""
 
-    def parity(self, model, version):
+    def __init__(self):
+        pass
+
+    def parity(self, model="", version="", **_):
         check = parity_pb2.SelfCheck()
         check.report.budget.CopyFrom(BUDGET.message())
         check.report.classes.add(label="dark")
         return parity_pb2.GetParityResponse(versions=[parity_pb2.VersionParity(self_check=check)])
 
-    def metadata(self, model, version):
+    def metadata(self, model, version="", **_):
         return SimpleNamespace(properties={"parity.output": "logits"})
 
 
@@ -445,12 +448,12 @@ def sampled(client):
 def settled(client, rows):
     """Wait until so many rows were reported or dropped; return the live figures."""
     until_s = time.monotonic() + 120
-    while time.monotonic() < until_s:
+    while True:
         live = client.parity("tiny").versions[0].live
         if live.total.rows + live.dropped >= rows:
             return live
+        assert time.monotonic() < until_s, f"{live.total.rows} of {rows} rows were reported"
         time.sleep(0.2)
-    raise AssertionError(f"{live.total.rows} + {live.dropped} of {rows} rows arrived")
 
 
 @pytest.mark.slow

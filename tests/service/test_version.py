@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import math
 import re
 from datetime import datetime
@@ -396,4 +397,48 @@ def test_bundle_that_is_damaged_is_refused(make_bundle, load, spoil):
     spoil(path)
 
     with pytest.raises(ServiceError, match=r"^(tiny/1|onnxruntime)"):
+        load(path)
+
+
+def described(model, **texts):
+    """Return the model with texts in its own metadata."""
+    loaded = onnx.load_from_string(model)
+    for key, text in texts.items():
+        loaded.metadata_props.add(key=key.replace("_", "."), value=text)
+    return loaded.SerializeToString()
+
+
+def test_a_model_that_says_what_its_manifest_says_is_loaded(make_bundle, load, tiny):
+    model = described(tiny.model(), labels=json.dumps(tiny.labels), parent_sha256="abc")
+
+    def edit(manifest):
+        manifest.provenance.parent_sha256 = "abc"
+
+    assert load(make_bundle(model=model, edit=edit)).self_check.report.passed
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ('["light", "dark", "striped"]', r"\['light', 'dark', 'striped'\]"),
+        ("[", r"\["),
+        ("3", "3"),
+    ],
+)
+def test_a_model_that_names_its_classes_otherwise_is_refused(
+    make_bundle, load, tiny, labels, found
+):
+    path = make_bundle(model=described(tiny.model(), labels=labels))
+
+    with pytest.raises(BundleError, match=f"has the labels {found}, its manifest"):
+        load(path)
+
+
+def test_a_model_of_another_original_is_refused(make_bundle, load, tiny):
+    def edit(manifest):
+        manifest.provenance.parent_sha256 = "abc"
+
+    path = make_bundle(model=described(tiny.model(), parent_sha256="def"), edit=edit)
+
+    with pytest.raises(BundleError, match="comes from the original def, its manifest is of abc"):
         load(path)
