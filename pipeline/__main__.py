@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline import config, dataset
-from pipeline.errors import PipelineError
+from pipeline.errors import CheckError, PipelineError
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -117,6 +117,77 @@ def run(  # noqa: PLR0913  one parameter an option
 
 
 @app.command()
+def check(  # noqa: PLR0913  one parameter an option
+    bundle: Annotated[
+        Path | None, typer.Option(help="NAME/VERSION in the models' folder: check all of it.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="SavedModel that the bundle must have been made from.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="SavedModel, .onnx or .tflite that is right.")
+    ] = None,
+    candidate: Annotated[
+        Path | None, typer.Option(help="SavedModel, .onnx or .tflite to hold against it.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npy, .npz (images, labels), or a folder of PNG and JPEG files."),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help=".npy of the true classes.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="The candidate's: float32, float16 or int8.")
+    ] = "float32",
+    output: Annotated[str, typer.Option(help="Output to compare; by default logits.")] = "",
+    signature: Annotated[str, typer.Option(help="Of SavedModels.")] = "serving_default",
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Make pictures of other sizes fit.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
+) -> None:
+    """Say whether a bundle, or any pair of model files, still answers alike; for your CI.
+
+    Ends with 0 if so, and else with 1 and one sentence. A bundle: its digests, the labels in its
+    files, and the answers of every variant to its golden set, on this machine. A pair: every row
+    of --data.
+
+    Example: train-export check --bundle models/fashion-mnist/1
+
+    Example: train-export check --reference saved_model --candidate model.onnx --data images.npz
+    """
+    files = [reference, candidate, data]
+    if (bundle is None) == (None in files) or (bundle is None and against is not None):
+        fail(
+            "give --bundle, with --against or not; or --reference, --candidate and --data",
+            status=2,
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
+    try:
+        with _quietly():
+            from pipeline import check, questions  # noqa: PLC0415  not to print the help
+
+            if bundle is not None:
+                found = check.whole_bundle(bundle, against)
+            else:
+                found = check.pair(
+                    reference or Path(),
+                    candidate or Path(),
+                    questions.read(data or Path(), labels=labels, resize=resize),
+                    precision=precision,
+                    output=output,
+                    signature=signature,
+                )
+    except CheckError as error:
+        fail(str(error), status=1)
+    if as_json:
+        print(check.as_json(found))
+    else:
+        Console().print(check.table(found))
+    if found.failure:
+        fail(found.failure, status=1)
+
+
+@app.command()
 def shadow(  # noqa: PLR0913  one parameter an option
     endpoint: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8001",
     models: Annotated[
@@ -132,8 +203,13 @@ def shadow(  # noqa: PLR0913  one parameter an option
     ] = None,
     tls: Annotated[bool, typer.Option("--tls", help="The server speaks TLS.")] = False,
     tls_ca: Annotated[
-        Path | None, typer.Option(help="Who may have signed its certificate, PEM.")
+        Path | None,
+        typer.Option(help="Who signed its certificate, PEM; by default who the system trusts."),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Our own certificate, PEM, for a server that asks for one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of that certificate, PEM.")] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(help=f"File with an admin's token; or the variable {TOKEN}."),
@@ -146,47 +222,64 @@ def shadow(  # noqa: PLR0913  one parameter an option
     back: they are in serve-export parity, in the server's metrics, and in its log when the budget
     is broken. The server never waits for it.
 
+    The original is models/NAME/VERSION/variants/saved_model of the version that answered, with
+    every file of that bundle verified. One given with --original must say, in the metadata that
+    its exporter wrote, that it comes from the same .keras file.
+
+    Ends with 0 on SIGTERM and 130 on Ctrl-C, with what was read reported. With --rows it ends
+    with 1 where parity does not hold.
+
     Example: train-export shadow --endpoint 127.0.0.1:8001 --models models
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
     try:
-        with _client(endpoint, tls or tls_ca is not None, tls_ca, token_file) as client:
-            places = {"saved_model": original} if original else {"models": models}
-            failure = _shadowed(client, endpoint, places, {"model": model, "rows": rows})
+        secured = tls or any((tls_ca, tls_cert, tls_key))
+        pems = (tls_ca, tls_cert, tls_key) if secured else None
+        with _client(endpoint, pems, token_file) as client:
+            asked = {"model": model, "rows": rows}
+            failure = _shadowed(client, endpoint, (original, models), asked)
     except (PipelineError, ServiceError, ValueError) as error:
         fail(str(error), status=1)
     except OSError as error:
         fail(f"a file cannot be read: {error}", status=1)
     except KeyboardInterrupt:
         fail("stopped; what was read has been reported", status=130)
-    if failure:
+    if failure and rows is not None:
         fail(failure, status=1)
 
 
-def _client(endpoint: str, tls: bool, ca: Path | None, token_file: Path | None) -> "Client":
+def _client(
+    endpoint: str,
+    pems: tuple[Path | None, Path | None, Path | None] | None,
+    token_file: Path | None,
+) -> "Client":
     """Return a client that shows what a secured server asks for."""
     from service.client import Client, Tls  # noqa: PLC0415  gRPC: only for who asks
 
-    token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
-    return Client(endpoint, tls=Tls(ca=ca) if tls else None, token=token or None)
+    token = os.environ.get(TOKEN, "")
+    if token_file is not None:
+        token = next(iter(token_file.read_text().split()), "")  # one a line; ours is the first
+    tls = None if pems is None else Tls(ca=pems[0], certificate=pems[1], key=pems[2])
+    return Client(endpoint, tls=tls, token=token or None)
 
 
 def _shadowed(
-    client: "Client", endpoint: str, places: dict[str, Path], asked: dict[str, Any]
+    client: "Client", endpoint: str, places: tuple[Path | None, Path], asked: dict[str, Any]
 ) -> str:
     """Shadow a server until a signal; return why live parity does not hold, or nothing."""
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    logging.getLogger("pipeline").setLevel(logging.INFO)
     console = Console(stderr=True)
     stopped: list[int] = []
     with console.status("starting TensorFlow, some ten seconds") as status:
+        # Only now, when rich has put itself before standard error: lines go above the live one.
+        logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+        logging.getLogger("pipeline").setLevel(logging.INFO)
         with _quietly():
             from pipeline import shadow  # noqa: PLC0415  not to print the help
-        status.update(f"waiting for rows of {endpoint}")
+        status.update(f"waiting for rows of {escape(endpoint)}")
         logging.getLogger("pipeline").info("waiting for rows of %s", endpoint)
         shadowing = shadow.Shadow(
             client,
-            shadow.Originals(client, **places),
+            shadow.Originals(client, saved_model=places[0], models=places[1]),
             show=status.update if console.is_terminal else None,
             **asked,
         )

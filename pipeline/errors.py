@@ -9,6 +9,7 @@ PipelineError
 ├── ExportError        an exporter failed, or wrote something else than was asked for
 ├── ParityError        an export, or the server, does not answer like the original
 ├── PublishError       the bundle cannot be written or served
+├── CheckError         two files cannot be compared, or one is not what was asked for
 └── ShadowError        the original that answers are held against cannot be had
 
 The text of each is one finished sentence for the person who can mend it.
@@ -49,6 +50,10 @@ class ParityError(PipelineError):
 
 class PublishError(PipelineError):
     """The bundle cannot be written or served."""
+
+
+class CheckError(PipelineError):
+    """Two models cannot be compared: a file, its tensors or the data do not fit."""
 
 
 class ShadowError(PipelineError):

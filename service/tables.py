@@ -109,7 +109,7 @@ def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
         f"{report.agreement:.2%}",
         f"{report.logits.max:.2g}",
         _of_allowed(report.logits.max, report.budget.max_logit),
-        str(report.flips_explained + report.flips_unexplained),
+        _flips(report.flips_explained, report.flips_unexplained),
         "[green]passed[/]" if report.passed else "[red]failed[/]",
     ]
 
@@ -129,9 +129,14 @@ def _live_row(live: parity_pb2.LiveParity) -> list[str]:
         f"{window.agreed / window.rows:.2%}",
         f"{window.max_logit:.2g}",
         _of_allowed(window.max_logit, live.budget.max_logit),
-        str(window.flips_explained + window.flips_unexplained),
+        _flips(window.flips_explained, window.flips_unexplained),
         verdict,
     ]
+
+
+def _flips(explained: int, unexplained: int) -> str:
+    """Return the explained flips, and in red the others, one of which is too many."""
+    return f"{explained} [red]+ {unexplained}[/]" if unexplained else str(explained)
 
 
 def _of_allowed(found: float, allowed: float) -> str:
@@ -161,7 +166,7 @@ def _live(live: parity_pb2.LiveParity) -> str:
     window = live.window
     said = [
         f"live: the last {live.window_s:g} s; {live.total.rows:,} rows since it was loaded, "
-        f"reported {live.reported}"
+        f"{live.sampled:,} sampled, reported {live.reported}"
     ]
     if window.rows and window.predicted:
         said.append(f"mean confidence {window.sum_confidence / window.rows:.1%}")

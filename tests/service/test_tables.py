@@ -70,6 +70,12 @@ def test_what_is_over_its_budget_says_so(version, far):
     assert "over" in row(shown(version), "onnx-float32")
 
 
+def test_flips_that_nothing_explains_stand_apart(version):
+    version.variants[0].flips_explained, version.variants[0].flips_unexplained = 3, 2
+
+    assert "3 + 2" in shown(version)
+
+
 def test_why_something_failed_stands_below_the_table(version):
     version.variants[0].passed, version.variants[0].failure = False, "it is far off"
     version.live.verdict, version.live.failure = parity_pb2.LIVE_VERDICT_FAILED, "a flip"
