@@ -51,6 +51,11 @@ bench-peers: $(STAMP) ## the same beside mosec, MLServer, KServe, LitServe, Bent
 	for name in $(PEERS); do benchmarks/peers/setup.sh $$name || exit 1; done
 	$(BIN)/python benchmarks/serving.py --peers $(subst $(SPACE),$(COMMA),$(PEERS)) $(ARGS)
 
+.PHONY: bench-parity
+bench-parity: $(STAMP) ## what the load gate costs for BUNDLE=models/NAME/VERSION, and sampling for a shadow
+	$(BIN)/python benchmarks/gate.py $(BUNDLE)
+	$(BIN)/python benchmarks/sampling.py
+
 .PHONY: bench-scaling
 bench-scaling: $(STAMP) ## what instances and workers give, how cost grows; the exported graph; a request's way
 	$(BIN)/python benchmarks/scaling.py
