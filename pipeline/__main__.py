@@ -43,6 +43,13 @@ PREFECT = {
 UNREACHABLE = "Failed to reach API at"  # how Prefect's client words it
 TOKEN = "SERVE_EXPORT_TOKEN"  # as serve-export's own commands  # noqa: S105
 GPU_DRIVER = Path("/dev/nvidiactl")
+UseTls = Annotated[bool, typer.Option("--tls", help="The server speaks TLS.")]
+TlsCa = Annotated[
+    Path | None, typer.Option(help="The server speaks TLS; who may have signed for it, PEM.")
+]
+TokenFile = Annotated[
+    Path | None, typer.Option(help=f"File with our token; or the variable {TOKEN}.")
+]
 
 
 @app.callback()
@@ -75,6 +82,11 @@ def run(  # noqa: PLR0913  one parameter an option
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train anew where an earlier run could be resumed.")
     ] = False,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST:PORT that serves --models; asked before the alias champion moves."),
+    ] = None,
+    tls_ca: TlsCa = None,
 ) -> None:
     """Run the flow train-export here: train, evaluate, export, check parity, serve, publish.
 
@@ -84,6 +96,9 @@ def run(  # noqa: PLR0913  one parameter an option
 
     A run that was stopped goes on where it stopped when it is started again with the same
     settings.
+
+    With --endpoint the published version is asked for once more, in the deployment that serves it,
+    and becomes champion only if it answers like the original there too.
 
     Example: train-export run --preset smoke --models /srv/models
     """
@@ -99,6 +114,8 @@ def run(  # noqa: PLR0913  one parameter an option
             epochs=epochs,
             seed=seed,
             fresh=fresh,
+            endpoints=endpoint or [],
+            tls_ca=str(tls_ca) if tls_ca else None,
         )
     except (PipelineError, ServiceError) as error:
         fail(str(error), status=1)
@@ -114,6 +131,66 @@ def run(  # noqa: PLR0913  one parameter an option
             status=130,
         )
     _show(Path(path), models, runs)
+
+
+@app.command()
+def promote(  # noqa: PLR0913  one parameter an option
+    name: Annotated[str, typer.Argument(help="Of the model.")],
+    version: Annotated[int, typer.Argument(min=1)],
+    endpoint: Annotated[list[str], typer.Option(help="HOST:PORT that serves it; may be repeated.")],
+    models: Annotated[Path, typer.Option(help="Folder of the bundles.")] = Path("models"),
+    data: Annotated[
+        Path | None, typer.Option(envvar="TRAIN_EXPORT_DATA", help="As of `run`.")
+    ] = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Make a published version the champion, if the deployment answers like its original.
+
+    Every endpoint is asked for all test images, by the version's number; what was measured is
+    written to models/NAME/records. If one does not hold, the champion stays what it was.
+
+    Example: train-export promote fashion-mnist 3 --endpoint 127.0.0.1:8001
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    try:
+        with _quietly():
+            import tensorflow  # noqa: F401, ICN001, PLC0415  it writes a few lines of its own
+
+            from pipeline import promote  # noqa: PLC0415  not to print the help
+            from pipeline.endpoint import Endpoint  # noqa: PLC0415
+        record = promote.promote(
+            models / name / str(version),
+            dataset.prepare(config.DataConfig(folder=data)),
+            [Endpoint(one, tls, tls_ca, token_file) for one in endpoint],
+        )
+    except (PipelineError, ServiceError) as error:
+        fail(str(error), status=1)
+    except KeyboardInterrupt:
+        fail("stopped; the champion is what it was", status=130)
+    print(f"champion: {name} {version}")
+    print(f"record:   {record}")
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="Of the model.")],
+    models: Annotated[Path, typer.Option(help="Folder of the bundles.")] = Path("models"),
+) -> None:
+    """Give the alias champion back to the version that had it before.
+
+    Example: train-export rollback fashion-mnist
+    """
+    with _quietly():
+        from pipeline import promote  # noqa: PLC0415  not to print the help
+    try:
+        before, now = promote.rollback(models / name)
+    except (PipelineError, ServiceError) as error:
+        fail(str(error), status=1)
+    print(f"champion: {name} {now}, was {before}")
 
 
 @app.command()
@@ -185,6 +262,62 @@ def check(  # noqa: PLR0913  one parameter an option
         Console().print(check.table(found))
     if found.failure:
         fail(found.failure, status=1)
+
+
+@app.command()
+def explain(  # noqa: PLR0913  one parameter an option
+    variant: Annotated[
+        str, typer.Argument(help="Of the bundle, such as onnx-int8; nothing for a pair.")
+    ] = "",
+    bundle: Annotated[Path | None, typer.Option(help="NAME/VERSION in the models' folder.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="SavedModel that is right.")] = None,
+    candidate: Annotated[
+        Path | None, typer.Option(help="SavedModel, .onnx or .tflite to hold against it.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npy, .npz (images, labels), or a folder of PNG and JPEG files."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=2, help="How many of the worst rows to walk.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Name the first layer in which a variant departs from its reference, and the likely cause.
+
+    Ends with 0 if the variant answers as the reference does, and with 1 if it does not. Walks the
+    tensors inside both on the worst rows, of the bundle's golden set or of --data, and draws how
+    the error grows.
+
+    Example: train-export explain onnx-int8 --bundle models/fashion-mnist/1
+    """
+    if (bundle is None or not variant) and None in (reference, candidate, data):
+        fail(
+            "give VARIANT and --bundle; or --reference, --candidate and --data",
+            status=2,
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
+    try:
+        with _quietly():
+            from pipeline.explain import shown, worst  # noqa: PLC0415  not to print the help
+
+            if bundle is not None and variant:
+                asked = worst.of_bundle(bundle, variant, rows)
+            else:
+                asked = worst.of_pair(
+                    reference or Path(), candidate or Path(), data or Path(), rows
+                )
+            found = worst.explain(asked)
+            picture = shown.picture(found, out / f"{asked.candidate.stem}.explained.png")
+    except (PipelineError, ServiceError) as error:
+        fail(str(error), status=2)
+    if as_json:
+        print(shown.as_json(found, picture))
+    else:
+        print(f"{found.text}.")
+        Console().print(shown.table(found))
+        print(f"picture: {picture}")
+    if found.diverges:
+        raise typer.Exit(1)
 
 
 @app.command()

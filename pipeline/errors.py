@@ -9,6 +9,7 @@ PipelineError
 ├── ExportError        an exporter failed, or wrote something else than was asked for
 ├── ParityError        an export, or the server, does not answer like the original
 ├── PublishError       the bundle cannot be written or served
+├── PromotionError     the deployment that serves does not answer like the original
 ├── CheckError         two files cannot be compared, or one is not what was asked for
 └── ShadowError        the original that answers are held against cannot be had
 
@@ -50,6 +51,10 @@ class ParityError(PipelineError):
 
 class PublishError(PipelineError):
     """The bundle cannot be written or served."""
+
+
+class PromotionError(PipelineError):
+    """The deployment that serves a version does not answer like its original, or not in time."""
 
 
 class CheckError(PipelineError):

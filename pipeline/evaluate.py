@@ -11,6 +11,7 @@ from pipeline import dataset, device
 from pipeline.config import GateConfig
 from pipeline.errors import EvaluationError
 from pipeline.records import ClassScore, Dataset, Scores, Trained
+from service import bundle
 
 log = logging.getLogger(__name__)
 BATCH_ROWS = 256
@@ -38,6 +39,7 @@ def score(trained: Trained, data: Dataset, gate: GateConfig) -> Scores:
             _class_score(label, index, confusion) for index, label in enumerate(data.labels)
         ),
         confusion=tuple(tuple(map(int, row)) for row in confusion),
+        sha256=bundle.file_sha256(trained.path),
         images_per_second=len(test.images) / seconds,
         batch_rows=BATCH_ROWS,
     )

@@ -18,11 +18,13 @@ from pipeline import (
     export,
     files,
     parity,
+    promote,
     publish,
     report,
     train,
     verify,
 )
+from pipeline.endpoint import Endpoint
 from pipeline.errors import PipelineError
 from service import bundle
 from service.errors import ServiceError
@@ -40,6 +42,8 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     epochs: int | None = None,
     seed: int | None = None,
     fresh: bool = False,
+    endpoints: list[str] | None = None,
+    tls_ca: str | None = None,
 ) -> str:
     """Train a model, export it, prove parity, serve it once, and publish it; or publish nothing.
 
@@ -51,6 +55,9 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         epochs: instead of the preset's.
         seed: instead of the preset's.
         fresh: train anew even where checkpoints of the same settings are found.
+        endpoints: HOST:PORT of what serves `models`; asked before `champion` moves there. A token
+            is taken from the variable SERVE_EXPORT_TOKEN, and never shown.
+        tls_ca: PEM of who may have signed for the endpoints, which then speak TLS.
 
     Returns:
         The path of the published bundle.
@@ -76,12 +83,15 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         trained = stage(train.fit)(prepared, settings.training, folder)
         scores = stage(evaluate.score)(trained, prepared, settings.gate)
         exports = stage(export.convert)(trained, prepared, folder / "exports", run_id)
-        checked = stage(parity.check)(trained, exports, prepared, folder / "parity")
+        checked = stage(parity.check)(trained, exports, prepared, folder / "parity", scores)
         staged = stage(publish.stage)(
             hidden, run_id, settings, prepared, trained, scores, exports, checked
         )
         served = stage(verify.ask)(staged, checked, prepared, folder / "parity")
         published = stage(publish.publish)(staged, served, settings.publishing)
+    if endpoints:
+        servers = [Endpoint(one, tls_ca=Path(tls_ca) if tls_ca else None) for one in endpoints]
+        stage(promote.promote)(published.path, prepared, servers)
     create_markdown_artifact(
         report.markdown(bundle.read_manifest(published.path), published.path),
         key="bundle",

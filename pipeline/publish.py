@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from google.protobuf import json_format, timestamp_pb2
+from numpy.typing import NDArray
 
 from pipeline import dataset, files, parity
 from pipeline.config import Config, PublishConfig
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 STAGING_PREFIX = ".staging-"
 LOCK = ".lock"
 LAST = ".last-version"  # what was published last stays taken when it is removed
+VARIANTS = "variants"
 GOLDEN_ROWS_PER_CLASS = 20  # 200 images are answered in milliseconds at every load
 TOOLS = (
     "train-export",
@@ -86,20 +88,20 @@ def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
         data: what the model learnt from.
         trained: the original.
         scores: of the original.
-        exports: go into the bundle as its variants.
+        exports: those that passed go into the bundle.
         checked: parity of every variant.
     """
     name = config.publishing.name
     number = _next_version(config.publishing.models / name)
     path = folder / name / str(number)
-    variants = path / "variants"
-    shutil.copytree(exports.saved_model, variants / "saved_model")
-    shutil.copy2(exports.tflite, variants)
-    shutil.copy2(exports.onnx, variants)
-    shutil.copy2(exports.onnx, path / bundle.MODEL)
+    served = exports.named(checked.served_variant)
+    reports = _copy_passed(exports, checked, path)
+    shutil.copy2(served.path, path / bundle.MODEL)
     _write_golden(path / bundle.GOLDEN, data, checked)
     manifest = _manifest(run, config, data, trained, scores, checked)
     manifest.name, manifest.version = name, number
+    manifest.session.CopyFrom(parity.session_options(served.session))
+    manifest.parity.extend(reports)
     manifest.files.extend(_listed(path))
     write_manifest(path, manifest)
     return Staged(repository=folder, path=path)
@@ -162,6 +164,21 @@ def _next_version(home: Path) -> int:
     return max((int(name) for name in names if bundle.VERSION.fullmatch(name)), default=0) + 1
 
 
+def _copy_passed(exports: Exports, checked: Checked, path: Path) -> list[bundle_pb2.ParityReport]:
+    """Copy what passed into the bundle; return every report, with the place of those."""
+    folder = path / VARIANTS
+    folder.mkdir(parents=True)
+    shutil.copy2(exports.calibration, folder)
+    reports = [parity.read_report(report) for report in checked.reports]
+    for report in reports:
+        if report.passed:
+            file = exports.named(report.variant).path
+            copy = shutil.copytree if file.is_dir() else shutil.copy2
+            copy(file, folder / file.name)
+            report.path = f"{VARIANTS}/{file.name}"
+    return reports
+
+
 def _write_golden(path: Path, data: Dataset, checked: Checked) -> None:
     """Keep the first test images of every class, and the hostile ones, with the reference."""
     test = dataset.load(data).test
@@ -203,17 +220,16 @@ def _manifest(
     checked: Checked,
 ) -> bundle_pb2.BundleManifest:
     classes = len(data.labels)
-    shape = dataset.load(data).test.images.shape[1:]
+    images = dataset.load(data).test.images
     return bundle_pb2.BundleManifest(
         format=bundle.FORMAT,
         kind=bundle_pb2.KIND_CLASSIFIER,
-        input=bundle_pb2.TensorSpec(name="image", datatype="UINT8", shape=(-1, *shape)),
+        input=bundle_pb2.TensorSpec(name="image", datatype="UINT8", shape=(-1, *images.shape[1:])),
         outputs=[
             bundle_pb2.TensorSpec(name=name, datatype="FP32", shape=(-1, classes))
             for name in ("probabilities", "logits")
         ],
         labels=data.labels,
-        session=parity.session_options(),
         served_variant=checked.served_variant,
         dataset=bundle_pb2.Dataset(
             name=data.name,
@@ -225,7 +241,7 @@ def _manifest(
         ),
         training=_training(config, trained),
         evaluation=_evaluation(config, trained, scores),
-        parity=[_located(parity.read_report(report)) for report in checked.reports],
+        test_distribution=_distribution(images, checked),
         provenance=bundle_pb2.Provenance(
             run=run,
             created=_now(),
@@ -279,15 +295,9 @@ def _evaluation(config: Config, trained: Trained, scores: Scores) -> bundle_pb2.
     return evaluation
 
 
-def _located(report: bundle_pb2.ParityReport) -> bundle_pb2.ParityReport:
-    """Say where in the bundle the measured file is."""
-    names = {
-        "saved-model": "variants/saved_model",
-        "tflite-float32": "variants/model.float32.tflite",
-        "onnx-float32": "variants/model.float32.onnx",
-    }
-    report.path = names[report.variant]
-    return report
+def _distribution(images: NDArray[np.uint8], checked: Checked) -> bundle_pb2.TestDistribution:
+    with np.load(checked.answers, allow_pickle=False) as answers:
+        return agreement.distribution(answers["reference"], images)
 
 
 def _now() -> str:

@@ -64,6 +64,7 @@ class Scores:
     loss: float
     classes: tuple[ClassScore, ...]
     confusion: tuple[tuple[int, ...], ...]  # one row a true class
+    sha256: str  # of the .keras file that was scored
     images_per_second: float
     batch_rows: int
 
@@ -74,12 +75,33 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Exports:
-    """One model in every format."""
+class Variant:
+    """One model in one format and precision, or why there is none."""
 
-    saved_model: Path  # a folder
-    tflite: Path
-    onnx: Path
+    name: str  # such as onnx-float32; of its report and of its answers
+    format: str  # saved_model, tflite or onnx
+    precision: str  # whose budget it is held to: float32, float16 or int8
+    path: Path  # a folder for saved_model, else a file
+    required: bool = False  # without it nothing is published
+    session: tuple[tuple[str, str], ...] = ()  # what onnxruntime is told, by its own names
+    failure: str = ""  # why there is no such file; empty where there is one
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """One model in every variant."""
+
+    variants: tuple[Variant, ...]  # in the order of the table
+    parent_sha256: str  # of the .keras file that all come from
+    calibration: Path  # .json: which training images the integer variants took their ranges from
+
+    def named(self, name: str) -> Variant:
+        """Return the variant of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {variant.name: variant for variant in self.variants}[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,12 @@ from protos import inference_pb2_grpc, parity_pb2_grpc
 from service.errors import ServerError
 
 SERVICES = ("inference.GRPCInferenceService", "train_export.v1.ParityService")
-CHANGING = ("RepositoryModelLoad", "RepositoryModelUnload")  # sent once, whatever happens
+# Sent once, whatever happens: they change something, or count.
+ONCE = (
+    (SERVICES[0], "RepositoryModelLoad"),
+    (SERVICES[0], "RepositoryModelUnload"),
+    (SERVICES[1], "ReportShadow"),
+)
 # gRPC's core itself tries again, when the server's grpc-retry-pushback-ms says or else later and
 # later. The budget is common to all channels of a process to one server: a call that fails takes a
 # token, one that succeeds gives a tenth back, and with half of them gone nothing is sent again.
@@ -32,7 +37,7 @@ SERVICE_CONFIG = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         },
-        {"name": [{"service": SERVICES[0], "method": method} for method in CHANGING]},
+        {"name": [{"service": service, "method": method} for service, method in ONCE]},
     ],
     "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }

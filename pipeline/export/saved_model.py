@@ -5,7 +5,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from pipeline.export.metadata import Metadata
+from pipeline.export.metadata import EXTRA, METADATA, Metadata
 
 SIGNATURE = "serving_default"
 
@@ -21,6 +21,5 @@ def write(
     archive.track(model)
     archive.add_endpoint(SIGNATURE, serve)
     archive.write_out(str(folder), verbose=False)
-    extra = folder / "assets.extra"  # where TensorFlow Serving too looks for what is not a graph
-    extra.mkdir()
-    (extra / "metadata.json").write_bytes(metadata.json())
+    (folder / EXTRA).mkdir()
+    (folder / EXTRA / METADATA).write_bytes(metadata.json())

@@ -1,16 +1,23 @@
-"""Write a TFLite file from a SavedModel.
+"""Write TFLite files from a SavedModel.
 
-Its metadata is a zip archive after the flatbuffer, as TFLite's own metadata tools leave it: the
-runtime reads from the front, `unzip -p model.tflite metadata.json` from the back.
+Their metadata is a zip archive after the flatbuffer, as TFLite's own metadata tools leave it: the
+runtime reads from the front, `unzip -p model.tflite metadata.json` from the back. Whatever is
+inside, the input stays uint8 and the outputs float32: no client has to know a scale.
 """
 
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from pipeline.errors import ExportError
-from pipeline.export.metadata import Metadata
+from pipeline.export.metadata import METADATA, Metadata
+
+INT16X8 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
 
 def write(saved_model: Path, path: Path, metadata: Metadata) -> None:
@@ -19,13 +26,98 @@ def write(saved_model: Path, path: Path, metadata: Metadata) -> None:
     Raises:
         ExportError: the model needs an operator that TFLite does not have.
     """
+    _save(_converter(saved_model), path, metadata)
+
+
+def write_float16(saved_model: Path, path: Path, metadata: Metadata) -> None:
+    """Keep weights as float16; whether they are computed in it is the runtime's choice.
+
+    Raises:
+        ExportError: as for `write`.
+    """
+    converter = _converter(saved_model)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.target_spec.supported_types = [tf.float16]
+    _save(converter, path, metadata)
+
+
+def write_dynamic_range(saved_model: Path, path: Path, metadata: Metadata) -> None:
+    """Keep weights as int8, of layers that have many; ranges of the rest are found at each call.
+
+    Raises:
+        ExportError: as for `write`.
+    """
+    converter = _converter(saved_model)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    _save(converter, path, metadata)
+
+
+def write_int8(
+    saved_model: Path, path: Path, metadata: Metadata, images: NDArray[np.uint8]
+) -> None:
+    """Compute in int8, by the ranges that layers have on the images.
+
+    Args:
+        saved_model: the folder.
+        path: to write.
+        metadata: of the new file.
+        images: uint8 (rows, height, width, channels).
+
+    Raises:
+        ExportError: the model needs an operator that TFLite does not have in int8.
+    """
+    converter = _converter(saved_model)
+    _calibrate(converter, images)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    _save(converter, path, metadata)
+
+
+def write_int16x8(
+    saved_model: Path, path: Path, metadata: Metadata, images: NDArray[np.uint8]
+) -> None:
+    """Compute with int16 between layers and int8 weights; what has no such kernel stays float32.
+
+    Args:
+        saved_model: the folder.
+        path: to write.
+        metadata: of the new file.
+        images: as for `write_int8`.
+
+    Raises:
+        ExportError: as for `write`.
+    """
+    converter = _converter(saved_model)
+    _calibrate(converter, images)
+    # Alone, the first refuses the cast from uint8.
+    converter.target_spec.supported_ops = [INT16X8, tf.lite.OpsSet.TFLITE_BUILTINS]
+    _save(converter, path, metadata)
+
+
+def _converter(saved_model: Path) -> tf.lite.TFLiteConverter:
     converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model))
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    return converter
+
+
+def _calibrate(converter: tf.lite.TFLiteConverter, images: NDArray[np.uint8]) -> None:
+    def batches() -> Iterator[dict[str, NDArray[np.uint8]]]:
+        for start in range(len(images)):
+            yield {"image": images[start : start + 1]}
+
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = batches
+
+
+def _save(converter: tf.lite.TFLiteConverter, path: Path, metadata: Metadata) -> None:
     try:
-        content = converter.convert()
+        with warnings.catch_warnings():
+            # It calibrates with an interpreter that it calls deprecated itself.
+            warnings.simplefilter("ignore")
+            content = converter.convert()
     except Exception as error:
         # The converter raises a bare Exception of many lines.
-        raise ExportError(f"TFLite cannot hold this model: {str(error).splitlines()[0]}") from error
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"TFLite cannot hold this model: {line}") from error
     path.write_bytes(content)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(zipfile.ZipInfo("metadata.json"), metadata.json())
+        archive.writestr(zipfile.ZipInfo(METADATA), metadata.json())

@@ -49,9 +49,14 @@ def test_a_run_ends_well_with_a_table_the_bundle_and_the_two_commands(first):
     folder, status, output = first
 
     assert status == 0, output
-    rows = re.findall(r"^ (original|saved-model|tflite-float32|onnx-float32|served \(gRPC\)) ",
-                      output, re.MULTILINE)  # fmt: skip
-    assert rows == ["original", "saved-model", "tflite-float32", "onnx-float32", "served (gRPC)"]
+    rows = re.findall(
+        r"^ (original|saved-model|(?:tflite|onnx)-\S+|served \(gRPC\))  ", output, re.MULTILINE
+    )
+    assert rows == [
+        "original", "saved-model", "tflite-float32", "tflite-float16", "tflite-dynamic-range",
+        "tflite-int8", "tflite-int16x8", "onnx-float32", "onnx-float16", "onnx-int8",
+        "served (gRPC)",
+    ]  # fmt: skip
     assert f"bundle: {folder}/models/fashion-mnist-smoke/1" in output
     assert "serve:  serve-export serve --repository models" in output
     assert (

@@ -4,22 +4,26 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from dataclasses import replace
+
+import keras
 import pytest
 
-from pipeline import dataset, export, parity, train
-from pipeline.config import DataConfig, TrainingConfig
-from pipeline.records import Checked, Dataset, Exports, Trained
+from pipeline import dataset, evaluate, export, parity, train
+from pipeline.config import DataConfig, GateConfig, TrainingConfig
+from pipeline.records import Checked, Dataset, Exports, Scores, Trained
+from service import bundle
 
 
 def pytest_collection_modifyitems(items) -> None:
     """Whatever needs the trained model is not for every save."""
     for item in items:
-        if {"trained", "straight"} & set(getattr(item, "fixturenames", ())):
+        if {"trained", "straight", "overflowing"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
-DATA = DataConfig(max_train_rows=2_000)
-TRAINING = TrainingConfig(epochs=1)
+DATA = DataConfig(max_train_rows=6_000)  # with fewer, an int8 step is as wide as many margins
+TRAINING = TrainingConfig(epochs=4)
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +37,36 @@ def trained(data, tmp_path_factory) -> Trained:
 
 
 @pytest.fixture(scope="session")
+def scores(trained, data) -> Scores:
+    return evaluate.score(trained, data, GateConfig(min_accuracy=0.3))
+
+
+@pytest.fixture(scope="session")
 def exports(trained, data, tmp_path_factory) -> Exports:
     return export.convert(trained, data, tmp_path_factory.mktemp("run") / "exports", "run-1")
 
 
 @pytest.fixture(scope="session")
-def checked(trained, exports, data, tmp_path_factory) -> Checked:
-    return parity.check(trained, exports, data, tmp_path_factory.mktemp("parity"))
+def checked(trained, exports, data, scores, tmp_path_factory) -> Checked:
+    return parity.check(trained, exports, data, tmp_path_factory.mktemp("parity"), scores)
+
+
+@pytest.fixture(scope="session")
+def overflowing(trained, data, tmp_path_factory) -> tuple[Trained, Scores, Exports, Checked]:
+    """The same function with a hidden layer a million times larger, and the next as much smaller.
+
+    Nothing to float32, whose exponent takes it; float16 ends at 65504.
+    """
+    folder = tmp_path_factory.mktemp("overflowing")
+    model = keras.models.load_model(trained.path)
+    hidden, logits = [one for one in model.layers if isinstance(one, keras.layers.Dense)]
+    for layer, factors in ((hidden, (2.0**20, 2.0**20)), (logits, (2.0**-20, 1.0))):
+        layer.set_weights(
+            [one * factor for one, factor in zip(layer.get_weights(), factors, strict=True)]
+        )
+    path = folder / "model.keras"
+    model.save(path)
+    large = replace(trained, path=path, sha256=bundle.file_sha256(path))
+    scores = evaluate.score(large, data, GateConfig(min_accuracy=0.3))
+    exports = export.convert(large, data, folder / "exports", "run-1")
+    return large, scores, exports, parity.check(large, exports, data, folder / "parity", scores)

@@ -7,11 +7,6 @@ from pipeline.config import GateConfig
 from pipeline.errors import EvaluationError
 
 
-@pytest.fixture(scope="module")
-def scores(trained, data):
-    return evaluate.score(trained, data, GateConfig(min_accuracy=0.3))
-
-
 def test_every_test_image_is_scored_once(scores):
     assert scores.rows == sum(map(sum, scores.confusion)) == 10_000
     assert [one.rows for one in scores.classes] == [1_000] * 10
@@ -47,6 +42,10 @@ def test_a_model_below_the_gate_is_refused_with_both_figures(trained, data, scor
 
 def test_a_model_at_the_gate_is_let_through(trained, data, scores):
     assert evaluate.score(trained, data, GateConfig(min_accuracy=scores.accuracy)).rows == 10_000
+
+
+def test_the_scores_say_which_file_they_are_of(scores, trained):
+    assert scores.sha256 == trained.sha256
 
 
 def test_rows_of_the_confusion_matrix_are_the_true_classes():

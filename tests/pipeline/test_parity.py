@@ -7,8 +7,21 @@ from onnx import numpy_helper
 
 from pipeline import parity
 from pipeline.errors import ParityError
+from service import agreement
+from service.errors import ModelError
 
-VARIANTS = ["saved-model", "tflite-float32", "onnx-float32"]
+CLASSES = {
+    "saved-model": "float32",
+    "tflite-float32": "float32",
+    "tflite-float16": "float16",
+    "tflite-dynamic-range": "int8",
+    "tflite-int8": "int8",
+    "tflite-int16x8": "int8",
+    "onnx-float32": "float32",
+    "onnx-float16": "float16",
+    "onnx-int8": "int8",
+}
+LOSSLESS = [name for name, precision in CLASSES.items() if precision == "float32"]
 
 
 @pytest.fixture
@@ -17,9 +30,17 @@ def reports(checked):
 
 
 def test_every_export_of_a_real_model_passes_over_the_whole_test_set(reports):
-    assert list(reports) == VARIANTS
-    assert all(report.passed for report in reports.values())
+    assert {name: report.failure for name, report in reports.items() if not report.passed} == {}
     assert {report.accuracy.rows for report in reports.values()} == {10_000}
+
+
+def test_every_variant_is_held_to_the_budget_of_its_class(reports):
+    found = {name: report.budget for name, report in reports.items()}
+
+    assert {name: one.precision for name, one in found.items()} == CLASSES
+    for one in found.values():
+        assert one.coefficient == agreement.COEFFICIENT[one.precision]
+        assert one.max_logit == one.coefficient * one.scale
 
 
 def test_every_image_with_a_clear_margin_keeps_its_class(checked):
@@ -27,7 +48,7 @@ def test_every_image_with_a_clear_margin_keeps_its_class(checked):
         reference = answers["reference"]
         second, first = np.sort(reference, axis=1)[:, -2:].T
         clear = first - second > 2 * 1e-5 * checked.scale
-        for variant in VARIANTS:
+        for variant in LOSSLESS:
             same = answers[variant].argmax(axis=1) == reference.argmax(axis=1)
             assert same[clear].all()
 
@@ -43,7 +64,16 @@ def test_the_budget_is_fixed_by_the_reference_alone(checked, reports):
 def test_hostile_inputs_are_asked_about_in_odd_batches(reports):
     for report in reports.values():
         assert report.hostile.rows == sum(report.hostile.batch_sizes) == 299
-        assert report.hostile.max_logit <= report.budget.max_logit
+        if report.budget.precision != "int8":
+            assert 0 <= report.hostile.max_logit <= report.budget.max_logit
+
+
+def test_integers_are_further_off_than_halves_and_halves_than_floats(reports):
+    off = {name: report.logits.mean for name, report in reports.items()}
+
+    assert off["onnx-float32"] < off["onnx-float16"] < off["onnx-int8"]
+    assert off["tflite-float32"] < off["tflite-float16"] < off["tflite-int8"]
+    assert off["tflite-int16x8"] < off["tflite-int8"]
 
 
 def test_hostile_inputs_are_black_white_two_checkerboards_and_noise():
@@ -56,14 +86,20 @@ def test_hostile_inputs_are_black_white_two_checkerboards_and_noise():
     assert len(np.unique(images[4:])) == 256
 
 
+def only(exports, *variants):
+    """Return exports of these alone."""
+    return replace(exports, variants=variants)
+
+
 def sabotage(exports, tmp_path, change):
-    """Return the exports with one float initializer of the ONNX file changed."""
-    model = onnx.load(exports.onnx)
+    """Return the SavedModel, and the ONNX file with one float initializer changed."""
+    variant = exports.named("onnx-float32")
+    model = onnx.load(variant.path)
     weights = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT]
     change(model, weights)
     path = tmp_path / "model.float32.onnx"
     onnx.save(model, path)
-    return replace(exports, onnx=path)
+    return only(exports, exports.named("saved-model"), replace(variant, path=path))
 
 
 def drop_bias(model, weights):
@@ -87,22 +123,123 @@ def flip_exponent_bit(model, weights):
 
 @pytest.mark.parametrize("change", [drop_bias, double_scale, flip_exponent_bit])
 def test_a_changed_export_fails_the_run_and_its_report_is_kept(
-    trained, exports, data, tmp_path, change
+    trained, exports, data, scores, tmp_path, change
 ):
     broken = sabotage(exports, tmp_path, change)
 
     with pytest.raises(ParityError, match=r"onnx-float32: max .Δlogit. is"):
-        parity.check(trained, broken, data, tmp_path / "parity")
+        parity.check(trained, broken, data, tmp_path / "parity", scores)
 
     report = parity.read_report(tmp_path / "parity" / "onnx-float32.json")
     assert not report.passed
     assert report.logits.max > report.budget.max_logit
-    assert parity.read_report(tmp_path / "parity" / "tflite-float32.json").passed
+    assert parity.read_report(tmp_path / "parity" / "saved-model.json").passed
 
 
-def test_a_tflite_file_that_does_not_load_is_a_sentence(trained, exports, data, tmp_path):
+def test_a_required_file_that_does_not_load_fails_the_run_in_a_sentence(
+    trained, exports, data, scores, tmp_path
+):
+    broken = exports.named("tflite-float32")
     path = tmp_path / "model.tflite"
-    path.write_bytes(exports.tflite.read_bytes()[:2_000])
+    path.write_bytes(broken.path.read_bytes()[:2_000])
 
-    with pytest.raises(ParityError, match=r"model\.tflite cannot be run by TFLite's runtime: "):
-        parity.check(trained, replace(exports, tflite=path), data, tmp_path / "parity")
+    with pytest.raises(
+        ParityError,
+        match=r"published, tflite-float32: model\.tflite cannot be run: TFLite's runtime says: ",
+    ):
+        parity.check(
+            trained, only(exports, exports.named("onnx-float32"), replace(broken, path=path)), data,
+            tmp_path / "parity", scores,
+        )  # fmt: skip
+
+
+def test_an_optional_file_that_does_not_load_is_reported_and_fails_no_run(
+    trained, exports, data, scores, tmp_path
+):
+    broken = exports.named("onnx-int8")
+    path = tmp_path / "model.int8.onnx"
+    path.write_bytes(broken.path.read_bytes()[:2_000])
+
+    checked = parity.check(
+        trained, only(exports, exports.named("onnx-float32"), replace(broken, path=path)), data,
+        tmp_path / "parity", scores,
+    )  # fmt: skip
+
+    report = parity.read_report(checked.reports[1])
+    assert (report.variant, report.passed, report.accuracy.rows) == ("onnx-int8", False, 0)
+    assert report.failure.startswith("model.int8.onnx cannot be run: onnxruntime")
+    with np.load(checked.answers) as answers:
+        assert "onnx-int8" not in answers.files
+
+
+def test_what_could_not_be_exported_has_a_report_that_says_why(
+    trained, exports, data, scores, tmp_path
+):
+    gone = replace(exports.named("tflite-int8"), path=tmp_path / "none", failure="no such operator")
+
+    checked = parity.check(
+        trained, only(exports, exports.named("onnx-float32"), gone), data, tmp_path, scores
+    )
+
+    report = parity.read_report(checked.reports[1])
+    assert (report.variant, report.failure, report.passed) == ("tflite-int8", "no such operator", 0)
+    assert report.budget.precision == "int8"
+
+
+def test_weights_beyond_float16_fail_those_variants_and_not_the_run(overflowing):
+    reports = {report.variant: report for report in map(parity.read_report, overflowing[3].reports)}
+
+    for name in ("tflite-float16", "onnx-float16"):
+        assert "over the float16 budget" in reports[name].failure
+    assert all(reports[name].passed for name in LOSSLESS)
+
+
+def test_a_variant_that_is_to_be_served_is_required(trained, exports, data, scores, tmp_path):
+    gone = replace(exports.named("onnx-int8"), failure="no such operator")
+
+    with pytest.raises(ParityError, match="onnx-int8: no such operator"):
+        parity.check(
+            trained, only(exports, gone), data, tmp_path / "parity", scores, served="onnx-int8"
+        )
+
+
+def test_the_served_variant_gives_the_budget_that_is_served(
+    trained, exports, data, scores, tmp_path
+):
+    checked = parity.check(
+        trained, only(exports, exports.named("onnx-int8")), data, tmp_path, scores, "onnx-int8"
+    )
+
+    assert (checked.served_variant, checked.precision) == ("onnx-int8", "int8")
+
+
+def test_weights_that_were_not_evaluated_are_refused(trained, exports, data, scores, tmp_path):
+    other = replace(scores, sha256="0" * 64)
+
+    with pytest.raises(ParityError, match=r"the model exported has sha256 .*0000… was evaluated"):
+        parity.check(trained, exports, data, tmp_path, other)
+    with pytest.raises(ParityError, match=r"the model exported has sha256 "):
+        parity.check(trained, replace(exports, parent_sha256="1" * 64), data, tmp_path, scores)
+
+
+def test_a_reference_of_other_weights_is_refused(overflowing, exports, data, scores, tmp_path):
+    large = overflowing[0]
+
+    with pytest.raises(ParityError, match="the model held against them has sha256"):
+        parity.check(large, exports, data, tmp_path, scores)
+
+
+def test_an_accuracy_that_is_not_the_evaluations_is_refused(
+    trained, exports, data, scores, tmp_path
+):
+    with pytest.raises(ParityError, match=r"gets \d+ of 10000 test images right, the"):
+        parity.check(
+            trained, exports, data, tmp_path, replace(scores, correct=scores.correct - 100)
+        )
+
+
+def test_the_options_of_a_variant_reach_the_session(exports):
+    odd = replace(exports.named("onnx-int8"), session=(("session.no_such_option", "1"),))
+
+    with pytest.raises(ModelError, match="no_such_option"):
+        parity.runner(odd)

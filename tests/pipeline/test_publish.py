@@ -4,15 +4,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from google.protobuf import json_format
 
-from pipeline import config, evaluate, parity, publish
+from pipeline import config, dataset, parity, publish
 from pipeline.errors import PublishError
-from service import bundle, model_config
+from service import agreement, bundle, model_config
 from service.settings import Settings
 
 STAGER = """
@@ -24,11 +25,6 @@ with publish.staging(PublishConfig(models=Path(sys.argv[1]))) as folder:
     (folder / "half").write_bytes(b"written")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-@pytest.fixture(scope="module")
-def scores(trained, data):
-    return evaluate.score(trained, data, config.GateConfig(min_accuracy=0.3))
 
 
 @pytest.fixture
@@ -49,7 +45,7 @@ def stage(settings, data, trained, scores, exports, checked):
 @pytest.fixture
 def served(checked):
     """A served report that passed."""
-    return checked.reports[-1]
+    return next(report for report in checked.reports if report.stem == "onnx-float32")
 
 
 @pytest.fixture
@@ -89,8 +85,66 @@ def test_the_manifest_lists_every_file_there_is(publish_once):
 def test_every_report_says_where_its_file_is(publish_once):
     path = publish_once().path
 
-    for report in bundle.read_manifest(path).parity:
+    reports = bundle.read_manifest(path).parity
+
+    assert len(reports) == 9
+    for report in reports:
         assert parity.size_bytes(path / report.path) == report.size_bytes
+
+
+def test_what_failed_is_in_the_manifest_and_its_file_is_not_in_the_bundle(
+    overflowing, settings, data
+):
+    trained, scores, exports, checked = overflowing
+
+    with publish.staging(settings.publishing) as folder:
+        staged = publish.stage(folder, "run-1", settings, data, trained, scores, exports, checked)
+        manifest = bundle.read(staged.path).manifest
+
+    reports = {report.variant: report for report in manifest.parity}
+    failed = {name for name, report in reports.items() if not report.passed}
+    listed = {file.path for file in manifest.files}
+    assert {"tflite-float16", "onnx-float16"} <= failed
+    assert {(reports[name].path, bool(reports[name].failure)) for name in failed} == {("", True)}
+    for name in reports:
+        path = exports.named(name).path
+        there = any(file.startswith(f"variants/{path.name}") for file in listed)
+        assert there == (name not in failed)
+
+
+def test_the_bundle_says_which_images_it_was_calibrated_with(publish_once, exports):
+    path = publish_once().path
+
+    assert (path / "variants/calibration.json").read_bytes() == exports.calibration.read_bytes()
+
+
+def test_the_manifest_tells_how_the_test_images_are_distributed(publish_once, checked, data):
+    found = bundle.read_manifest(publish_once().path).test_distribution
+
+    with np.load(checked.answers) as answers:
+        images = dataset.load(data).test.images
+        assert found == agreement.distribution(answers["reference"], images)
+    assert sum(found.predicted) == sum(found.pixel_mean) == 10_000
+
+
+def test_another_variant_can_be_served_with_its_own_options(
+    settings, data, trained, scores, exports, checked
+):
+    config_of_int8 = (("session.x64quantprecision", "1"),)
+    other = replace(exports.named("onnx-int8"), session=config_of_int8)
+    changed = replace(exports, variants=(*exports.variants[:-1], other))
+
+    with publish.staging(settings.publishing) as folder:
+        staged = publish.stage(
+            folder, "run-1", settings, data, trained, scores, changed,
+            replace(checked, served_variant="onnx-int8", precision="int8"),
+        )  # fmt: skip
+        manifest = bundle.read(staged.path).manifest
+        model = (staged.path / "model.onnx").read_bytes()
+
+    assert manifest.served_variant == "onnx-int8"
+    assert dict(manifest.session.config) == dict(config_of_int8)
+    assert model == other.path.read_bytes()
 
 
 def test_the_manifest_records_what_was_trained_on_what(publish_once, data, trained):

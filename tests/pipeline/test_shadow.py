@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -27,21 +26,6 @@ from service.errors import ServerError
 
 BUDGET = agreement.Budget("float32", 400.0)
 KEY = "tiny", "1", "parent"
-# Serves, and answers wrongly from the moment on that a file is there.
-CORRUPTED = """
-import sys
-from pathlib import Path
-from service import __main__, session
-right = session.Session._call
-def wrong(self, batch):
-    answers = right(self, batch)
-    if Path(broken).exists():
-        answers["logits"] = answers["logits"] + 1
-    return answers
-session.Session._call = wrong
-broken, sys.argv = sys.argv[1], ["serve-export", *sys.argv[2:]]
-sys.exit(__main__.main())
-"""
 
 
 class Lines(Client):
@@ -50,6 +34,7 @@ class Lines(Client):
     def __init__(self, *sampled, refusals=()):
         self.sampled = list(sampled)  # blocks, and what is raised between them
         self.refusals = list(refusals)  # raised by the first reports
+        self.silent = None  # raised instead of a verdict
         self.reported = {}
         self.calls = 0
         self.asked = 0
@@ -76,6 +61,8 @@ class Lines(Client):
         agreement.add(total, figures)
 
     def parity(self, model="", version="", **_):
+        if self.silent:
+            raise self.silent
         live = parity_pb2.LiveParity(budget=BUDGET.message(), window_s=300)
         found = self.reported.get((model, version, "parent"), parity_pb2.ShadowFigures())
         live.window.CopyFrom(found)
@@ -83,9 +70,19 @@ class Lines(Client):
         return parity_pb2.GetParityResponse(versions=[parity_pb2.VersionParity(live=live)])
 
 
+class Given(shadow.Originals):
+    """Originals that a function gives."""
+
+    def __init__(self, of):
+        self._of = of
+
+    def of(self, rows):
+        return self._of(rows)
+
+
 @pytest.fixture
 def originals(tiny):
-    return SimpleNamespace(of=lambda rows: shadow.Original(tiny.logits, BUDGET, classes=True))
+    return Given(lambda rows: shadow.Original(tiny.logits, BUDGET, classes=True))
 
 
 def block(images, outputs, version="1", dropped=0):
@@ -141,17 +138,33 @@ def test_versions_are_counted_apart(tiny, originals):
     assert client.reported["tiny", "2", "parent"].rows == 4
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED"])
-def test_no_row_is_lost_or_counted_twice_when_a_report_does_not_arrive(
-    tiny, originals, monkeypatch, code
-):
+def test_no_row_is_lost_when_a_report_does_not_arrive(tiny, originals, monkeypatch):
     monkeypatch.setattr(shadow, "REPORT_S", 0.0)
-    client = Lines(*blocks(tiny, tiny.images(9), 3, 6), refusals=[refused(code), refused(code)])
+    gone = refused("UNAVAILABLE")
+    client = Lines(*blocks(tiny, tiny.images(9), 3, 6), refusals=[gone, gone])
 
     run(client, originals)
 
     assert client.calls > 2
     assert client.reported[KEY].rows == 9
+
+
+def test_no_row_is_reported_twice_when_nobody_says_whether_it_arrived(tiny, originals, monkeypatch):
+    monkeypatch.setattr(shadow, "REPORT_S", 0.0)
+    client = Lines(*blocks(tiny, tiny.images(9), 3), refusals=[refused("DEADLINE_EXCEEDED")])
+
+    run(client, originals)
+
+    assert client.reported[KEY].rows == 6
+
+
+def test_one_report_is_of_many_rows(tiny, originals):
+    client = Lines(*blocks(tiny, tiny.images(64), *range(64)))
+
+    run(client, originals)
+
+    assert client.reported[KEY].rows == 64
+    assert client.calls < 10
 
 
 def test_rows_of_a_version_that_left_are_forgotten_and_others_go_on(tiny, originals):
@@ -166,7 +179,9 @@ def test_rows_of_a_version_that_left_are_forgotten_and_others_go_on(tiny, origin
     assert [(key[1], found.rows) for key, found in client.reported.items()] == [("2", 5)]
 
 
-@pytest.mark.parametrize("code", ["FAILED_PRECONDITION", "PERMISSION_DENIED", "UNIMPLEMENTED"])
+@pytest.mark.parametrize(
+    "code", ["FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNIMPLEMENTED"]
+)
 def test_a_server_that_will_never_let_rows_be_read_ends_it_with_its_sentence(originals, code):
     client = Lines(refused(code))
 
@@ -175,19 +190,24 @@ def test_a_server_that_will_never_let_rows_be_read_ends_it_with_its_sentence(ori
     assert client.asked == 1
 
 
+def test_a_server_without_the_calls_is_said_to_be_another(originals):
+    with pytest.raises(ServerError, match="it is not serve-export, or an older one"):
+        run(Lines(refused("UNIMPLEMENTED")), originals)
+
+
 def test_a_server_that_was_lost_is_asked_again(tiny, originals, monkeypatch, caplog):
     monkeypatch.setattr(shadow, "FIRST_PAUSE_S", 0.01)
     images = tiny.images(8)
     client = Lines(
         *blocks(tiny, images[:4]), refused("UNAVAILABLE"), refused("UNAVAILABLE"),
-        *blocks(tiny, images[4:]),
+        refused("CANCELLED"), *blocks(tiny, images[4:]),
     )  # fmt: skip
 
     run(client, originals)
 
-    assert client.asked == 3
+    assert client.asked == 4
     assert client.reported[KEY].rows == 8
-    assert "trying again" in caplog.text
+    assert caplog.text.count("no rows: refused with UNAVAILABLE; trying again") == 1
 
 
 def test_rows_whose_original_cannot_be_had_are_passed_over_and_said_once(tiny, originals, caplog):
@@ -203,10 +223,41 @@ def test_rows_whose_original_cannot_be_had_are_passed_over_and_said_once(tiny, o
         *blocks(tiny, images[:6], 3, version="2"), *blocks(tiny, images[6:]),
     )  # fmt: skip
 
-    run(client, SimpleNamespace(of=of))
+    run(client, Given(of))
 
     assert client.reported[KEY].rows == 3
     assert caplog.text.count("tiny 2 is not shadowed: it is not there") == 1
+
+
+@pytest.mark.parametrize("broken", ["shape", "refused"])
+def test_an_original_that_cannot_answer_the_rows_is_said_to_be_no_match(tiny, caplog, broken):
+    def answer(images):
+        if broken == "refused":
+            raise tf.errors.InvalidArgumentError(None, None, "expected (?, 28, 28, 1)")
+        return tiny.logits(images)[:, :2]
+
+    original = shadow.Original(answer, BUDGET, classes=True)
+    client = Lines(*blocks(tiny, tiny.images(3)))
+
+    assert run(client, Given(lambda rows: original)) == ""
+
+    assert not client.reported
+    assert "tiny 1 is not shadowed: its original cannot answer rows of (3, 2, 2, 1)" in caplog.text
+
+
+def test_an_original_that_could_not_be_had_is_looked_for_again(tiny, originals, monkeypatch):
+    monkeypatch.setattr(shadow, "REFUSED_S", 0.0)
+    known, missing = originals.of, [ShadowError("not yet")]
+
+    def of(rows):
+        if missing:
+            raise missing.pop()
+        return known(rows)
+
+    client = Lines(*blocks(tiny, tiny.images(6), 2))
+    run(client, Given(of))
+
+    assert client.reported[KEY].rows == 4
 
 
 def test_who_asks_for_a_number_of_rows_is_told_that_their_original_cannot_be_had(tiny):
@@ -214,7 +265,7 @@ def test_who_asks_for_a_number_of_rows_is_told_that_their_original_cannot_be_had
         raise ShadowError("it is not there")
 
     with pytest.raises(ShadowError, match="it is not there"):
-        run(Lines(*blocks(tiny, tiny.images(3))), SimpleNamespace(of=of), rows=3)
+        run(Lines(*blocks(tiny, tiny.images(3))), Given(of), rows=3)
 
 
 def test_it_ends_after_as_many_rows_as_were_asked_for(tiny, originals):
@@ -222,6 +273,41 @@ def test_it_ends_after_as_many_rows_as_were_asked_for(tiny, originals):
 
     assert shadow.Shadow(client, originals, rows=17).run() == ""
     assert client.reported[KEY].rows == 17
+
+
+def test_who_asks_for_more_rows_than_came_is_told_how_many_were_missing(tiny, originals):
+    with pytest.raises(ShadowError, match="stopped, 3 rows before"):
+        run(Lines(*blocks(tiny, tiny.images(7))), originals, rows=10)
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "NOT_FOUND"])
+def test_without_a_verdict_nobody_is_told_that_parity_holds(tiny, originals, code):
+    client = Lines(*blocks(tiny, tiny.images(7)))
+    client.silent = refused(code)
+
+    with pytest.raises(ShadowError, match="before it could judge them"):
+        run(client, originals, rows=7)
+
+
+def test_a_stop_does_not_wait_for_all_that_was_read(tiny, originals, monkeypatch):
+    monkeypatch.setattr(shadow, "STOP_S", 0.0)
+    started, client = threading.Event(), Lines(*blocks(tiny, tiny.images(16), *range(16)))
+    known = originals.of
+
+    def of(rows):
+        started.set()
+        time.sleep(0.05)
+        return known(rows)
+
+    shadowing = shadow.Shadow(client, Given(of))
+    running = threading.Thread(target=shadowing.run)
+    running.start()
+    assert started.wait(30)
+    shadowing.stop()
+    running.join(30)
+
+    assert not running.is_alive()
+    assert 0 < client.reported[KEY].rows < 16
 
 
 def test_a_broken_budget_is_said_once_and_is_the_result(tiny, originals, caplog, monkeypatch):
@@ -236,6 +322,25 @@ def test_a_broken_budget_is_said_once_and_is_the_result(tiny, originals, caplog,
     assert caplog.text.count("live parity is broken: tiny 1: ") == 1
 
 
+def test_figures_that_hold_again_are_said_to(tiny, originals, caplog, monkeypatch):
+    monkeypatch.setattr(shadow, "REPORT_S", 0.0)
+    images = tiny.images(3, seed=2)
+
+    class Forgetful(Lines):
+        def report(self, figures, **more):
+            self.reported.clear()  # the window has passed
+            super().report(figures, **more)
+
+    client = Forgetful(
+        block(images, tiny.logits(images)[:, ::-1].copy()), *blocks(tiny, images),
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        assert run(client, originals) == ""
+
+    assert caplog.text.count("live parity is broken: tiny 1: ") == 1
+    assert caplog.text.count("live parity holds again: tiny 1: ") == 1
+
+
 def test_rows_that_nobody_rescores_are_left_with_the_server(tiny, originals, monkeypatch):
     monkeypatch.setattr(shadow, "MAX_WAITING", 3)
     stuck, started = threading.Event(), threading.Event()
@@ -247,14 +352,18 @@ def test_rows_that_nobody_rescores_are_left_with_the_server(tiny, originals, mon
         return known(rows)
 
     client = Lines(*blocks(tiny, tiny.images(20), *range(1, 20)))
-    shadowing = shadow.Shadow(client, SimpleNamespace(of=of))  # type: ignore[arg-type] # all of it that is asked
+    shadowing = shadow.Shadow(client, Given(of))
     running = threading.Thread(target=shadowing.run)
     running.start()
     assert started.wait(30)
-    time.sleep(0.3)
-
     # One is rescored, three wait, one is in the hand of who waits for room.
-    assert len(client.sampled) == 20 - 1 - 3 - 1
+    left = 20 - 1 - 3 - 1
+    until_s = time.monotonic() + 30
+    while len(client.sampled) > left and time.monotonic() < until_s:
+        time.sleep(0.01)
+    time.sleep(0.3)  # for more to be taken, if any is
+
+    assert len(client.sampled) == left
     shadowing.stop()
     stuck.set()
     running.join(30)
@@ -387,6 +496,77 @@ def test_a_saved_model_that_does_not_say_what_it_is_is_not_relied_on(saved, tiny
         originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))))
 
 
+def test_a_file_of_an_original_that_no_digest_speaks_for_is_not_relied_on(bundled, tiny):
+    (bundled / "variants/saved_model/saved_model.pbtxt").write_text("")
+    originals = shadow.Originals(Knowing(), models=bundled.parents[1])
+
+    with pytest.raises(ShadowError, match=r"saved_model.pbtxt, which its manifest does not list"):
+        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))))
+
+
+def test_a_server_that_says_nothing_of_its_budget_is_not_held_to_one(bundled, tiny):
+    class Silent(Knowing):
+        def parity(self, model="", version="", **_):
+            return parity_pb2.GetParityResponse(versions=[parity_pb2.VersionParity()])
+
+    client = Silent()
+    with pytest.raises(ShadowError, match="does not say how far tiny 1 may be"):
+        shadow.Originals(client, models=bundled.parents[1]).of(
+            block(tiny.images(1), tiny.logits(tiny.images(1)))
+        )
+
+
+def test_an_original_is_let_go_when_no_rows_of_its_version_come(bundled, tiny):
+    now_s = [0.0]
+    originals = shadow.Originals(Knowing(), models=bundled.parents[1], clock=lambda: now_s[0])
+    shutil.copytree(bundled, bundled.parent / "2")
+    text = (bundled / "manifest.json").read_text()
+    (bundled.parent / "2/manifest.json").write_text(text.replace('"version": 1', '"version": 2'))
+    images = tiny.images(1)
+    first, second = (block(images, tiny.logits(images), version) for version in "12")
+
+    before = originals.of(first)
+    now_s[0] = shadow.UNUSED_S
+    originals.of(second)
+    assert originals.of(first) is before
+    now_s[0] += shadow.UNUSED_S + 1
+    originals.of(second)
+    assert originals.of(first) is not before
+
+
+class Line(tf.Module):
+    """y = 2x - 1 on TensorFlow."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None), tf.float32, name="x")])
+    def serve(self, x):
+        return {"y": 2 * x - 1}
+
+
+class KnowingLine(Knowing):
+    """A server that only knows a model without classes, as a client."""
+
+    def parity(self, model="", version="", **_):
+        check = parity_pb2.SelfCheck()
+        check.report.budget.CopyFrom(BUDGET.message())
+        return parity_pb2.GetParityResponse(versions=[parity_pb2.VersionParity(self_check=check)])
+
+    def metadata(self, model, version="", **_):
+        return SimpleNamespace(properties={"parity.output": "y"})
+
+
+def test_a_model_that_is_no_classifier_is_held_to_its_differences(tmp_path):
+    x = np.linspace(-8, 8, 24, dtype=np.float32).reshape(8, 3)
+    client = Lines(SampledRows("line", "1", "parent", x, 2 * x - 1 + np.float32(0.5), 0))
+    saved_model = save(Line(), tmp_path / "line")
+
+    assert run(client, shadow.Originals(KnowingLine(), saved_model=saved_model)) == ""
+
+    found = client.reported["line", "1", "parent"]
+    assert (found.rows, found.agreed, found.max_logit) == (8, 8, 0.5)
+    assert not found.predicted
+    assert not found.pixel_mean
+
+
 def test_a_bundle_without_an_original_says_so(make_bundle, tiny):
     path = make_bundle(
         edit=lambda manifest: setattr(manifest.provenance, "parent_sha256", "parent")
@@ -413,11 +593,10 @@ def process(*command):
 
 
 @contextmanager
-def served(bundle, *options, code=None):
+def served(bundle, address="127.0.0.1:0", rate="1"):
     """Run a server on a bundle; give its process and address."""
-    command = ("-m", "service") if code is None else ("-c", CORRUPTED, code)
-    repository = ("--repository", bundle.parents[1], "--address", "127.0.0.1:0")
-    with process(*command, "serve", *repository, "--sample-rate", "1", *options) as server:
+    where = ("--repository", bundle.parents[1], "--address", address)
+    with process("-m", "service", "serve", *where, "--sample-rate", rate) as server:
         lines = []
         for line in server.stdout:
             lines.append(line)
@@ -433,6 +612,14 @@ def shadowing(address, bundle, *options):
     return process("-m", "pipeline", "shadow", *models, *options)
 
 
+def ask_until_it_ends(client, started):
+    """Ask about images until a process has ended; return its status and what it said."""
+    while started.poll() is None:
+        client.predict(np.arange(64, dtype=np.uint8).reshape(16, 2, 2, 1), model="tiny")
+        time.sleep(0.05)
+    return started.returncode, started.stdout.read()
+
+
 def sampled(client):
     """Wait until somebody is shown rows; return the live figures."""
     until_s = time.monotonic() + 120
@@ -443,109 +630,6 @@ def sampled(client):
             return live
         time.sleep(0.2)
     raise AssertionError("nobody has reported anything")
-
-
-def settled(client, rows):
-    """Wait until so many rows were reported or dropped; return the live figures."""
-    until_s = time.monotonic() + 120
-    while True:
-        live = client.parity("tiny").versions[0].live
-        if live.total.rows + live.dropped >= rows:
-            return live
-        assert time.monotonic() < until_s, f"{live.total.rows} of {rows} rows were reported"
-        time.sleep(0.2)
-
-
-@pytest.mark.slow
-def test_live_figures_are_those_of_the_same_rows_worked_out_later(bundled, tiny):
-    images = tiny.images(100_000, seed=3)
-    enough = ("--sample-rows", "200000")
-    with (
-        served(bundled, *enough) as (_, address),
-        shadowing(address, bundled),
-        Client(address, channels=4) as client,
-    ):
-        sampled(client)
-        time.sleep(3)  # for what was asked meanwhile to be reported
-        first = client.parity("tiny").versions[0].live
-
-        def ask(start):
-            answer = client.predict(images[start : start + 1], model="tiny")
-            return answer.logits
-
-        with ThreadPoolExecutor(16) as pool:
-            answers = np.concatenate(list(pool.map(ask, range(len(images)))))
-        live = settled(client, first.total.rows + len(images))
-
-    assert live.dropped == 0
-    np.testing.assert_array_equal(answers, tiny.logits(images))
-    original = Linear(tiny)
-    reference = original.serve(tf.constant(images))["logits"].numpy()
-    expected = agreement.figures(reference, answers, images, allowed=BUDGET)
-    zeros = np.zeros((first.total.rows, 2, 2, 1), np.uint8)
-    agreement.add(
-        expected,
-        agreement.figures(
-            original.serve(tf.constant(zeros))["logits"].numpy(),
-            tiny.logits(zeros), zeros, allowed=BUDGET,
-        ),
-    )  # fmt: skip
-    found = live.total
-    assert (found.rows, found.agreed) == (expected.rows, expected.agreed)
-    assert found.flips_explained == expected.flips_explained
-    assert found.flips_unexplained == expected.flips_unexplained
-    assert list(found.predicted) == list(expected.predicted)
-    assert list(found.pixel_mean) == list(expected.pixel_mean)
-    assert found.max_logit == pytest.approx(expected.max_logit, abs=1e-9)
-    assert found.sum_confidence == pytest.approx(expected.sum_confidence, rel=1e-9)
-    assert live.verdict == parity_pb2.LIVE_VERDICT_PASSED
-
-
-@pytest.mark.slow
-def test_killing_the_shadow_costs_no_answer(bundled, tiny):
-    images = tiny.images(4_000, seed=4)
-    with served(bundled) as (server, address), Client(address) as client:
-        with shadowing(address, bundled) as other:
-            sampled(client)
-            for at in range(0, len(images), 4):
-                if at == 2_000:
-                    other.send_signal(signal.SIGKILL)
-                answer = client.predict(images[at : at + 4], model="tiny")
-                np.testing.assert_array_equal(answer.logits, tiny.logits(images[at : at + 4]))
-        server.terminate()
-        assert server.wait(30) == 0
-
-
-@pytest.mark.slow
-def test_a_runtime_that_goes_wrong_turns_the_live_verdict_within_the_window(
-    bundled, tiny, tmp_path
-):
-    broken = tmp_path / "broken"
-    with (
-        served(bundled, "--live-window-s", "30", code=broken) as (server, address),
-        shadowing(address, bundled) as other,
-        Client(address) as client,
-    ):
-        assert sampled(client).verdict == parity_pb2.LIVE_VERDICT_PASSED
-        broken.touch()
-        broken_s = time.monotonic()
-        while True:
-            client.predict(tiny.images(8), model="tiny")
-            live = client.parity("tiny").versions[0].live
-            if live.verdict == parity_pb2.LIVE_VERDICT_FAILED:
-                break
-            assert time.monotonic() < broken_s + 30, live
-            time.sleep(0.1)
-        time.sleep(1.5)
-        server.terminate()
-        server_said = server.communicate(timeout=60)[0]
-        other.terminate()
-        shadow_said = other.communicate(timeout=60)[0]
-
-    assert "max |Δlogit| is 1" in live.failure
-    assert "live parity is broken: tiny 1, max |Δlogit| is 1" in server_said
-    assert "live parity is broken: tiny 1: " in shadow_said
-    assert other.returncode == 1
 
 
 @pytest.mark.slow
@@ -563,3 +647,60 @@ def test_a_signal_ends_it_once_what_was_read_has_been_reported(bundled, tiny, nu
     assert live.total.rows == live.sampled
     assert other.returncode == {signal.SIGTERM: 0, signal.SIGINT: 130}[number], said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_on_its_address_is_shadowed_again(bundled, tiny):
+    with (
+        served(bundled) as (server, address),
+        shadowing(address, bundled) as other,
+        Client(address) as client,
+    ):
+        sampled(client)
+        server.kill()
+        server.wait()
+        with served(bundled, address):
+            sampled(client)
+        other.terminate()
+        said = other.communicate(timeout=60)[0]
+
+    assert other.returncode == 0, said
+    assert "no rows: " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("offset", "missing", "status", "sentence"),
+    [
+        (0.0, False, 0, ""),
+        (1.0, False, 1, "error: max |Δlogit| is 1, over the float32 budget"),
+        (0.0, True, 1, "error: nowhere does not say which model it is"),
+    ],
+    ids=["right", "wrong", "missing"],
+)
+def test_who_asks_for_some_rows_is_given_a_verdict_by_status_and_in_one_sentence(
+    bundled, tiny, tmp_path, offset, missing, status, sentence
+):
+    original = "nowhere" if missing else save(Linear(tiny, offset), tmp_path / "original")
+    with (
+        served(bundled) as (_, address),
+        Client(address) as client,
+        shadowing(address, bundled, "--original", original, "--rows", "40") as other,
+    ):
+        found, said = ask_until_it_ends(client, other)
+        live = client.parity("tiny").versions[0].live
+
+    assert found == status, said
+    assert live.total.rows == (0 if missing else 40)
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(sentence)
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_server_that_samples_nothing_is_said_to(bundled):
+    with served(bundled, rate="0") as (_, address), shadowing(address, bundled) as other:
+        said = other.communicate(timeout=120)[0]
+
+    assert other.returncode == 1
+    assert said.strip().splitlines()[-1].startswith("error: this server lets nobody read rows;")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import config, evaluate, parity, publish, verify
+from pipeline import config, parity, publish, verify
 from pipeline.errors import ParityError, PublishError
 from service import bundle
 
@@ -25,9 +25,8 @@ with verify.server(Path(sys.argv[1])) as address:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, data, trained, exports, checked):
+def original(tmp_path_factory, data, trained, scores, exports, checked):
     """A staged bundle of the real model; not to be changed."""
-    scores = evaluate.score(trained, data, config.GateConfig(min_accuracy=0.3))
     settings = config.from_preset("smoke", models=tmp_path_factory.mktemp("models"))
     folder = tmp_path_factory.mktemp("staged")
     return publish.stage(folder, "run-1", settings, data, trained, scores, exports, checked)
@@ -37,6 +36,10 @@ def original(tmp_path_factory, data, trained, exports, checked):
 def staged(original, tmp_path):
     repository = shutil.copytree(original.repository, tmp_path / "staged")
     return replace(original, repository=repository, path=repository / "fashion-mnist-smoke" / "1")
+
+
+def report_of(checked, variant):
+    return next(path for path in checked.reports if path.stem == variant)
 
 
 def rewrite(staged, name, content):
@@ -50,13 +53,29 @@ def rewrite(staged, name, content):
 
 def test_the_served_model_answers_like_the_file_it_loaded(staged, checked, data, tmp_path):
     report = parity.read_report(verify.ask(staged, checked, data, tmp_path))
-    unserved = parity.read_report(checked.reports[-1])
+    unserved = parity.read_report(report_of(checked, "onnx-float32"))
 
     assert report.passed
     assert report.accuracy.rows == 10_000
     assert report.accuracy == unserved.accuracy
     assert report.agreement == unserved.agreement
     assert report.logits.max == pytest.approx(unserved.logits.max, abs=1e-6)
+
+
+def test_float16_can_be_served_within_its_own_budget(
+    tmp_path, data, trained, scores, exports, checked
+):
+    settings = config.from_preset("smoke", models=tmp_path / "models")
+    other = replace(checked, served_variant="onnx-float16", precision="float16")
+    staged = publish.stage(
+        tmp_path / "staged", "run-1", settings, data, trained, scores, exports, other
+    )
+
+    report = parity.read_report(verify.ask(staged, other, data, tmp_path))
+
+    assert report.passed
+    assert report.budget.precision == "float16"
+    assert report.accuracy == parity.read_report(report_of(checked, "onnx-float16")).accuracy
 
 
 def test_a_server_that_answers_otherwise_than_its_file_is_refused(staged, checked, data, tmp_path):

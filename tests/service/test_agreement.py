@@ -42,6 +42,7 @@ def judged(*, precision="float32", apart=0.0, **fields):
     """A report that passes, with some of its figures replaced."""
     report = bundle_pb2.ParityReport(
         budget=agreement.Budget(precision, 20.0).message(),
+        accuracy=bundle_pb2.Accuracy(rows=agreement.MIN_SHARE_ROWS),
         agreement=1.0,
         logits=bundle_pb2.Difference(max=apart, mean=apart, p999=apart),
     )
@@ -226,6 +227,24 @@ def test_int8_may_lose_three_thousandths_of_accuracy_and_no_more():
     )
     assert dropped(-0.5).passed
     assert dropped(0.5, "float32").passed
+
+
+def test_int8_is_held_to_its_shares_from_1000_rows_on_and_to_their_intervals_below():
+    def of(rows, agreed, right=0.9):
+        accuracy = agreement.accuracy(np.arange(rows) < round(right * rows))
+        return judged(
+            precision="int8",
+            agreement=agreed,
+            accuracy=accuracy,
+            reference_accuracy=bundle_pb2.Accuracy(value=0.905),
+        )
+
+    assert of(1000, 0.989, 0.905).failure == "top-1 agreement is 0.9890, expected 0.99"
+    assert of(999, 0.989, 0.905).passed
+    assert of(200, 0.9, 0.905).failure == "top-1 agreement is 0.9000, expected 0.99"
+    assert of(1000, 1.0).failure == "accuracy drops by 0.0050, allowed are 0.003"
+    assert of(990, 1.0).passed
+    assert of(200, 1.0, 0.5).failure == "accuracy drops by 0.4050, allowed are 0.003"
 
 
 def test_judge_takes_a_failure_back_when_the_figures_are_mended():
@@ -683,3 +702,19 @@ def test_stability_index_by_hand():
 def test_histograms_that_cannot_be_compared_are_refused(expected, found):
     with pytest.raises(ValueError, match="bins, expected counts in the same"):
         agreement.stability_index(expected, found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "flips", "passes"),
+    [(200, 4, True), (200, 5, False), (2_000, 20, True), (2_000, 21, False)],
+)
+def test_a_share_of_few_rows_fails_int8_only_once_its_interval_does(rows, flips, passes):
+    reference = np.tile(np.array([[10.0, 9.9, 0.0]], np.float32), (rows, 1))
+    candidate = reference.copy()
+    candidate[:flips, 1] = 10.1
+    labels = np.arange(rows) % 3  # so that flips cost as much accuracy as they gain
+
+    report = compared(candidate, precision="int8", scale=10.0, reference=reference, labels=labels)
+
+    assert report.flips_explained == flips
+    assert report.passed is passes, report.failure

@@ -1,7 +1,4 @@
-import json
-import subprocess
-import sys
-import zipfile
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -12,7 +9,6 @@ import tensorflow as tf
 from pipeline import dataset, export
 from pipeline.errors import ExportError
 from pipeline.export import onnx as onnx_export
-from pipeline.export import tflite
 from pipeline.export.metadata import Metadata
 from protos import bundle_pb2
 from service.session import Session, Tensor
@@ -22,28 +18,12 @@ OPTIONS = bundle_pb2.SessionOptions(graph_optimization="all")
 
 @pytest.fixture(scope="module")
 def graph(exports):
-    return onnx.load(exports.onnx)
+    return onnx.load(exports.named("onnx-float32").path)
 
 
 @pytest.fixture(scope="module")
 def signature(exports):
-    return tf.saved_model.load(str(exports.saved_model)).signatures["serving_default"]
-
-
-@pytest.fixture(scope="module")
-def lite(exports, tmp_path_factory):
-    """The TFLite file's own description, read in another process as its runtime must be."""
-    code = (
-        "import json, sys\n"
-        "from ai_edge_litert.interpreter import Interpreter\n"
-        "i = Interpreter(sys.argv[1])\n"
-        "d = i.get_input_details()[0]\n"
-        "print(json.dumps([i.get_signature_list(), d['shape_signature'].tolist(),"
-        " d['dtype'].__name__]))\n"
-    )
-    command = [sys.executable, "-c", code, str(exports.tflite)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return tf.saved_model.load(str(exports.named("saved-model").path)).signatures["serving_default"]
 
 
 def test_onnx_has_stable_names_and_one_name_for_the_batch(graph):
@@ -72,7 +52,7 @@ def test_onnx_scales_transposes_and_computes_shapes_no_more(graph):
 
 
 def test_onnx_takes_pixels_and_gives_floats(exports):
-    session = Session(exports.onnx.read_bytes(), OPTIONS, threads=1)
+    session = Session(exports.named("onnx-float32").path.read_bytes(), OPTIONS, threads=1)
 
     assert session.inputs == (Tensor("image", "UINT8", (-1, 28, 28, 1)),)
     assert {output.datatype for output in session.outputs} == {"FP32"}
@@ -83,14 +63,6 @@ def test_saved_model_takes_pixels_by_the_same_names(signature):
 
     assert (spec.dtype, spec.shape.as_list()) == (tf.uint8, [None, 28, 28, 1])
     assert sorted(signature.structured_outputs) == ["logits", "probabilities"]
-
-
-def test_tflite_takes_pixels_by_the_same_names_in_any_batch(lite):
-    signatures, shape, dtype = lite
-
-    assert signatures["serving_default"]["inputs"] == ["image"]
-    assert sorted(signatures["serving_default"]["outputs"]) == ["logits", "probabilities"]
-    assert (shape, dtype) == ([-1, 28, 28, 1], "uint8")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
@@ -119,50 +91,11 @@ def test_dropout_is_off(signature, data):
     np.testing.assert_array_equal(first, again)
 
 
-@pytest.fixture
-def texts(exports, graph):
-    """The metadata of each format, read from the files alone."""
-    with zipfile.ZipFile(exports.tflite) as archive:
-        lite = json.loads(archive.read("metadata.json"))
-    saved = json.loads((exports.saved_model / "assets.extra" / "metadata.json").read_bytes())
-    return lite, saved, {entry.key: entry.value for entry in graph.metadata_props}
+def test_the_server_reads_the_same_metadata(exports):
+    variant = exports.named("onnx-float32")
+    session = Session(variant.path.read_bytes(), OPTIONS, threads=1)
 
-
-def test_all_formats_say_the_same_about_themselves(texts):
-    lite, saved, graph = texts
-
-    assert lite == saved == graph
-
-
-def test_metadata_names_labels_data_parent_run_versions_and_licence(texts, data, trained):
-    about = texts[0]
-
-    assert json.loads(about["labels"]) == list(data.labels)
-    assert about["dataset.sha256"] == data.sha256
-    assert about["dataset.license"] == "MIT"
-    assert about["parent.sha256"] == trained.sha256
-    assert about["run"] == "run-1"
-    assert about["version.tensorflow"] == tf.__version__
-
-
-def test_the_server_reads_the_same_metadata(exports, texts):
-    session = Session(exports.onnx.read_bytes(), OPTIONS, threads=1)
-
-    assert dict(session.metadata) == texts[0]
-
-
-def test_an_operator_that_tflite_does_not_have_is_refused_in_a_sentence(tmp_path):
-    class Odd(tf.Module):
-        @tf.function(input_signature=[tf.TensorSpec((None, 3), tf.float32, name="image")])
-        def serve(self, image):
-            return {"logits": tf.raw_ops.Igamma(a=image, x=image)}
-
-    odd = Odd()
-    tf.saved_model.save(odd, str(tmp_path / "odd"), signatures={"serving_default": odd.serve})
-
-    with pytest.raises(ExportError, match="TFLite cannot hold this model"):
-        tflite.write(tmp_path / "odd", tmp_path / "odd.tflite", Metadata({}))
-    assert not (tmp_path / "odd.tflite").exists()
+    assert dict(session.metadata) == Metadata.read(variant).texts
 
 
 def test_an_output_by_another_name_is_refused(tmp_path):
@@ -170,21 +103,66 @@ def test_an_output_by_another_name_is_refused(tmp_path):
     def serve(image):
         return {"scores": image * 2}
 
-    with pytest.raises(ExportError, match=r"\['image'\] and outputs \['scores'\], expected image"):
+    with pytest.raises(ExportError, match=r"inputs and outputs .*'scores'.*, expected .*'logits'"):
         onnx_export.write(serve, tmp_path / "odd.onnx", Metadata({}))
     assert not (tmp_path / "odd.onnx").exists()
 
 
-def test_exporting_again_leaves_nothing_of_the_time_before(trained, data, tmp_path):
+def test_exporting_again_leaves_nothing_of_the_time_before(trained, data, tmp_path, exports):
     folder = tmp_path / "exports"
     folder.mkdir()
     (folder / "stale.onnx").write_bytes(b"old")
 
     export.convert(trained, data, folder, "run-2")
 
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "model.float32.onnx",
-        "model.float32.tflite",
-        "saved_model",
-    ]
+    planned = {variant.path.name for variant in exports.variants}
+    assert {path.name for path in folder.iterdir()} == planned | {"calibration.json"}
     keras.backend.clear_session()
+
+
+def test_three_variants_are_required_and_every_name_is_its_formats(exports):
+    required = [variant.name for variant in exports.variants if variant.required]
+
+    assert required == ["saved-model", "tflite-float32", "onnx-float32"]
+    assert list(export.WRITERS) == [variant.name for variant in exports.variants]
+    for variant in exports.variants:
+        assert variant.name.startswith(variant.format.replace("_", "-"))
+        assert variant.failure == ""
+
+
+def fail(source, path, texts):
+    path.write_bytes(b"half a file")
+    raise ExportError("no such operator")
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Return a function that converts to three variants only, the named one of which fails."""
+
+    def quickly(trained, data, folder, failing):
+        whole = export.plan(folder)
+        kept = ("saved-model", "onnx-float32", failing)
+        monkeypatch.setattr(export, "plan", lambda _: [v for v in whole if v.name in kept])
+        monkeypatch.setitem(export.WRITERS, failing, fail)
+        return export.convert(trained, data, folder, "run-1")
+
+    return quickly
+
+
+def test_an_optional_variant_that_cannot_be_written_is_left_out_with_its_reason(
+    quickly, trained, data, tmp_path
+):
+    variant = quickly(trained, data, tmp_path / "exports", "tflite-int8").named("tflite-int8")
+
+    assert variant.failure == "no such operator"
+    assert not variant.path.exists()
+
+
+def test_a_required_variant_that_cannot_be_written_fails_the_run(quickly, trained, data, tmp_path):
+    with pytest.raises(ExportError, match="no such operator"):
+        quickly(trained, data, tmp_path / "exports", "tflite-float32")
+
+
+def test_an_original_that_changed_since_it_was_trained_is_refused(trained, data, tmp_path):
+    with pytest.raises(ExportError, match=r"has sha256 .*, expected 000000000000… of the model"):
+        export.convert(replace(trained, sha256="0" * 64), data, tmp_path / "exports", "run-1")
