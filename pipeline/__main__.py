@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline import config, dataset
-from pipeline.errors import CheckError, PipelineError
+from pipeline.errors import CheckError, PipelineError, UsageError
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def promote(  # noqa: PLR0913  one parameter an option
     logging.getLogger("pipeline").setLevel(logging.INFO)
     try:
         with _quietly():
-            import tensorflow  # noqa: F401, ICN001, PLC0415  it writes a few lines of its own
+            import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
 
             from pipeline import promote  # noqa: PLC0415  not to print the help
             from pipeline.endpoint import Endpoint  # noqa: PLC0415
@@ -170,7 +170,7 @@ def promote(  # noqa: PLR0913  one parameter an option
     except (PipelineError, ServiceError) as error:
         fail(str(error), status=1)
     except KeyboardInterrupt:
-        fail("stopped; the champion is what it was", status=130)
+        fail(f"stopped; {models / name}/aliases.json says what the champion is", status=130)
     print(f"champion: {name} {version}")
     print(f"record:   {record}")
 
@@ -224,7 +224,8 @@ def check(  # noqa: PLR0913  one parameter an option
 ) -> None:
     """Say whether a bundle, or any pair of model files, still answers alike; for your CI.
 
-    Ends with 0 if so, and else with 1 and one sentence. A bundle: its digests, the labels in its
+    Ends with 0 if so, else with 1 and one sentence; with 2 if it was asked for what there is not.
+    A bundle: its digests, the labels in its
     files, and the answers of every variant to its golden set, on this machine. A pair: every row
     of --data.
 
@@ -233,7 +234,8 @@ def check(  # noqa: PLR0913  one parameter an option
     Example: train-export check --reference saved_model --candidate model.onnx --data images.npz
     """
     files = [reference, candidate, data]
-    if (bundle is None) == (None in files) or (bundle is None and against is not None):
+    whole = bundle is not None and not any([*files, labels])
+    if not (whole or (bundle is None and against is None and None not in files)):
         fail(
             "give --bundle, with --against or not; or --reference, --candidate and --data",
             status=2,
@@ -255,7 +257,7 @@ def check(  # noqa: PLR0913  one parameter an option
                     signature=signature,
                 )
     except CheckError as error:
-        fail(str(error), status=1)
+        fail(str(error), status=2 if isinstance(error, UsageError) else 1)
     if as_json:
         print(check.as_json(found))
     else:

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, UsageError
 from pipeline.questions import RANK, Questions, cast, fits
 from pipeline.runtimes import Array, Model, Tensor, open_model
 from protos import bundle_pb2
@@ -66,10 +66,14 @@ def pair(
     Raises:
         CheckError: a file cannot be run, or the two do not take and give the same.
     """
+    if precision not in agreement.COEFFICIENT:
+        raise UsageError(
+            f"the precision is {precision!r}, expected one of {', '.join(agreement.COEFFICIENT)}"
+        )
     first, second = (open_model(path, signature=signature) for path in (reference, candidate))
     questions = asked(first.input)
     if not len(questions.rows):
-        raise CheckError("there are no rows to ask about")
+        raise UsageError("there are no rows to ask about")
     names = _output(first, output), _output(second, output)
     rows, notes = _laid_out(questions.rows, first.input, second.input)
     answers = first.run(questions.rows)[names[0]], second.run(rows)[names[1]]
@@ -78,11 +82,17 @@ def pair(
             f"{candidate.name} answers {names[1]} of shape {list(answers[1].shape)}, "
             f"{reference.name} {names[0]} of shape {list(answers[0].shape)}; choose with --output"
         )
-    logits = LOGITS in names[0]
-    report = _compared(*answers, questions.labels, precision=precision, logits=logits)
+    logits = all(LOGITS in name for name in names) and answers[0].ndim == 2  # noqa: PLR2004
+    truth = questions.labels
+    if logits and truth is not None and not (truth.min() >= 0 and truth.max() < len(answers[0].T)):
+        raise UsageError(
+            f"the labels go from {truth.min()} to {truth.max()}, the models have "
+            f"{len(answers[0].T)} classes"
+        )
+    report = _compared(*answers, truth, precision=precision, logits=logits)
     report.variant, report.path = candidate.name, str(candidate)
     if not logits:
-        notes.append(f"{names[0]} are not called logits: judged by their differences alone")
+        notes.append(f"{names[0]} and {names[1]} are no logits: judged by their differences alone")
     worst = {candidate.name: _worst(*answers)}
     return Found((report,), tuple(notes), {} if report.passed else worst)
 
@@ -255,7 +265,7 @@ def _output(model: Model, wanted: str) -> str:
     if not wanted and len(names) == 1:
         return names[0]
     missing = f"no output {wanted!r}" if wanted else "several outputs"
-    raise CheckError(f"{model.path} has {missing}: {', '.join(names)}; choose one with --output")
+    raise UsageError(f"{model.path} has {missing}: {', '.join(names)}; choose one with --output")
 
 
 def _laid_out(rows: Array, first: Tensor, second: Tensor) -> tuple[Array, list[str]]:

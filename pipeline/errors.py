@@ -10,7 +10,8 @@ PipelineError
 ├── ParityError        an export, or the server, does not answer like the original
 ├── PublishError       the bundle cannot be written or served
 ├── PromotionError     the deployment that serves does not answer like the original
-├── CheckError         two files cannot be compared, or one is not what was asked for
+├── CheckError         two files cannot be compared, or one is not what it should be
+│   └── UsageError     what was asked for cannot be done: no such file, or a word that means nothing
 └── ShadowError        the original that answers are held against cannot be had
 
 The text of each is one finished sentence for the person who can mend it.
@@ -59,6 +60,10 @@ class PromotionError(PipelineError):
 
 class CheckError(PipelineError):
     """Two models cannot be compared: a file, its tensors or the data do not fit."""
+
+
+class UsageError(CheckError):
+    """What was asked for cannot be done: a file is not there, or a word means nothing here."""
 
 
 class ShadowError(PipelineError):

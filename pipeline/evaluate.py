@@ -27,6 +27,7 @@ def score(trained: Trained, data: Dataset, gate: GateConfig) -> Scores:
     model = keras.models.load_model(trained.path)
     test = dataset.load(data).test
     model.predict(test.images[:BATCH_ROWS], batch_size=BATCH_ROWS, verbose=0)  # traces
+    _check_averages(model, trained)
     started_s = time.monotonic()
     logits = model.predict(test.images, batch_size=BATCH_ROWS, verbose=0)
     seconds = time.monotonic() - started_s
@@ -50,6 +51,22 @@ def score(trained: Trained, data: Dataset, gate: GateConfig) -> Scores:
             "nothing is published: train longer, or look at the data"
         )
     return scores
+
+
+def _check_averages(model: keras.Model, trained: Trained) -> None:
+    """Refuse weights that have averages beside them which were never put in their place.
+
+    Keras does so at the end of `fit`; a file that was saved in a callback holds the others, and
+    every export would answer like it.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    averages = getattr(optimizer, "_model_variables_moving_average", None) or ()
+    for variable, average in zip(model.trainable_variables, averages, strict=False):
+        if average is not None and not np.array_equal(variable, average):
+            raise EvaluationError(
+                f"{trained.path.name} was trained with averaged weights (EMA), and {variable.path} "
+                "is not its average: save the model after optimizer.finalize_variable_values"
+            )
 
 
 def confusion_matrix(

@@ -89,14 +89,14 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         )
         served = stage(verify.ask)(staged, checked, prepared, folder / "parity")
         published = stage(publish.publish)(staged, served, settings.publishing)
-    if endpoints:
-        servers = [Endpoint(one, tls_ca=Path(tls_ca) if tls_ca else None) for one in endpoints]
-        stage(promote.promote)(published.path, prepared, servers)
     create_markdown_artifact(
         report.markdown(bundle.read_manifest(published.path), published.path),
         key="bundle",
         description=f"{published.name} version {published.version}",
     )
+    if endpoints:
+        servers = [Endpoint(one, tls_ca=Path(tls_ca) if tls_ca else None) for one in endpoints]
+        stage(promote.promote)(published.path, prepared, servers)
     return str(published.path)
 
 

@@ -72,8 +72,15 @@ def answer(
         interpreter.invoke()
         for one in interpreter.get_output_details():
             name = names.get(one["index"], one["name"])
-            found.setdefault(name, []).append(interpreter.get_tensor(one["index"])[: len(part)])
+            value = _numbers(interpreter.get_tensor(one["index"]), one["quantization"])
+            found.setdefault(name, []).append(value[: len(part)])
     return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _numbers(value: NDArray[np.generic], quantization: tuple[float, int]) -> NDArray[np.generic]:
+    """Return what integers stand for, by the scale and the zero point of their tensor."""
+    scale, zero = quantization
+    return (value.astype(np.float32) - zero) * np.float32(scale) if scale else value
 
 
 def _signature_names(interpreter: Interpreter) -> dict[int, str]:

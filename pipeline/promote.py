@@ -5,13 +5,13 @@ the bundle, into `records/`: a published version never changes. Whatever ends th
 champion where it was.
 """
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from json import dumps
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from pipeline import dataset, files
-from pipeline.endpoint import Endpoint
+from pipeline.endpoint import CHANNELS, Endpoint
 from pipeline.errors import PromotionError
 from pipeline.records import Dataset
 from pipeline.runtimes import open_model
@@ -34,6 +34,10 @@ ORIGINAL = "variants/saved_model"
 LOGITS = "logits"
 RECORDS = "records"
 LOCK = ".promoting"
+KEPT = ".aliases-before"  # of a promotion that is under way, or was killed
+ABSENT = "it is not in the folder that is served there"
+UNREACHED = "no server answers there"
+AGAIN = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED"})
 READY_S = 120.0  # for a server to find a version, try it and load it
 REFUSED_S = 5.0  # a version that is still being copied is refused too, at first
 LOOK_S = 0.5
@@ -73,7 +77,13 @@ def promote(
         BundleError: there is no such version, or the aliases cannot be read or written.
     """
     home, number = path.parent, int(path.name)
-    manifest = bundle.read_manifest(path)
+    manifest = bundle.read(path).manifest  # and every file, the original's among them, is its own
+    if manifest.dataset.sha256 != data.sha256:
+        raise PromotionError(
+            f"{home.name} {number} was evaluated on {manifest.dataset.name} "
+            f"{manifest.dataset.sha256[:12]}, these images are {data.sha256[:12]}; give its own "
+            "with --data"
+        )
     test = dataset.load(data).test
     reference = open_model(path / ORIGINAL).run(test.images)[LOGITS].astype(np.float32, copy=False)
     with files.locked(home / LOCK, wait=False), _candidate(home, number) as before:
@@ -87,15 +97,11 @@ def promote(
             measured.append(found)
             if not found.report.passed:
                 failures.append(f"{endpoint.address}: {found.report.failure}")
+        record = _write(home, number, before, measured, failures)
         if not failures:
             _crown(home, number)
-        record = _write(home, number, before, measured, failures)
     if failures:
-        kept = before.get(aliases.CHAMPION)
-        raise PromotionError(
-            f"{home.name} {number} is not the champion, {'; '.join(failures)}; "
-            f"{f'{kept} stays it' if kept else 'there is none still'}; measured: {record}"
-        )
+        raise PromotionError(_refusal(home.name, number, before, failures, record))
     log.info("%s %d is the champion; measured: %s", home.name, number, record)
     return record
 
@@ -124,28 +130,66 @@ def rollback(home: Path) -> tuple[int, int]:
 
 @contextmanager
 def _candidate(home: Path, number: int) -> Iterator[dict[str, int]]:
-    """Name the version `candidate` for a while; give the aliases that there were."""
+    """Name the version `candidate` for a while; give the aliases that there were.
+
+    What there was is kept in a file meanwhile: whoever comes after a kill puts it back.
+    """
+    kept = home / KEPT
     with aliases.changing(home):
-        before = aliases.read(home)
+        before = _aliases(home)
+        if kept.exists():
+            before = _with_candidate(before, json.loads(kept.read_bytes()))
+        files.write_whole(kept, json.dumps(before).encode())
         aliases.write(home, {**before, CANDIDATE: number})
     try:
         yield before
     finally:
         with aliases.changing(home):
-            known = aliases.read(home)
-            known.pop(CANDIDATE, None)
-            if known.get(aliases.CHAMPION) != number and before.get(CANDIDATE, number) != number:
-                known[CANDIDATE] = before[CANDIDATE]
-            aliases.write(home, known)
+            known = _aliases(home)
+            promoted = known.get(aliases.CHAMPION) == number
+            aliases.write(home, _with_candidate(known, {} if promoted else before))
+            kept.unlink(missing_ok=True)
+
+
+def _aliases(home: Path) -> dict[str, int]:
+    """Return the aliases of versions that are still there."""
+    known = aliases.read(home)
+    gone = sorted(name for name, number in known.items() if not (home / str(number)).is_dir())
+    if gone:
+        log.warning("dropping %s of %s: the version is gone", ", ".join(gone), home.name)
+    return {name: number for name, number in known.items() if name not in gone}
+
+
+def _with_candidate(known: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """Return aliases with the candidate there was before, or none."""
+    others = {name: number for name, number in known.items() if name != CANDIDATE}
+    return others | {name: number for name, number in before.items() if name == CANDIDATE}
+
+
+def _crowned(known: dict[str, int], number: int) -> dict[str, int]:
+    champion = known.get(aliases.CHAMPION)
+    before = {PREVIOUS: champion} if champion not in (None, number) else {}
+    return {**known, **before, aliases.CHAMPION: number}
 
 
 def _crown(home: Path, number: int) -> None:
     with aliases.changing(home):
-        known = aliases.read(home)
-        champion = known.get(aliases.CHAMPION)
-        if champion not in (None, number):
-            known[PREVIOUS] = champion
-        aliases.write(home, {**known, aliases.CHAMPION: number})
+        aliases.write(home, _crowned(_aliases(home), number))
+
+
+def _refusal(
+    name: str, number: int, before: dict[str, int], failures: Sequence[str], record: Path
+) -> str:
+    why = "; ".join(failures)
+    champion = before.get(aliases.CHAMPION)
+    if champion == number:
+        return f"{name} {number}, the champion, does not hold, {why}; measured: {record}"
+    stays = (
+        f"{champion} stays it"
+        if champion
+        else "there is none, so that the highest version that is ready answers"
+    )
+    return f"{name} {number} is not the champion, {why}; {stays}; measured: {record}"
 
 
 def _ask(
@@ -165,54 +209,59 @@ def _ask(
     address = endpoint.address
     with endpoint.connect() as client:
         _wait(client, address, name, number, ready_s)
-        wrong = _other_model(client, manifest)
+        # Once on each connection: behind a balancer they may end at different servers.
+        wrong = [why for _ in range(CHANNELS) if (why := _other_model(client, manifest))]
+        checks = [client.parity(name, number).versions[0].self_check for _ in range(CHANNELS)]
+        if wrong:
+            return Measured(address, bundle_pb2.ParityReport(failure=wrong[0]), checks[0])
         logits = _logits(client, address, name, number, test.images)
-        parity = client.parity(name, number).versions[0]
     report = agreement.compare(
         reference, logits, test.labels, allowed=_budget(manifest),
         class_names=list(manifest.labels),
     )  # fmt: skip
     report.variant, report.path = "served", bundle.MODEL
-    report.runtime = parity.self_check.report.runtime
-    report.failure = wrong or report.failure or _accuracy_failure(report, manifest)
+    report.runtime = checks[0].report.runtime
+    report.failure = report.failure or _accuracy_failure(report, manifest)
     report.passed = not report.failure
     log.info(
         "%s: max |Δlogit| %.2g of %.2g allowed, agreement %.2f %%: %s",
         address, report.logits.max, report.budget.max_logit, 100 * report.agreement,
         report.failure or "passed",
     )  # fmt: skip
-    return Measured(address, report, parity.self_check)
+    return Measured(address, report, checks[0])
 
 
 def _wait(client: Client, address: str, name: str, number: str, ready_s: float) -> None:
-    """Wait until a server has the version ready.
+    """Wait until every connection ends at a server that has the version ready.
 
     Raises:
-        ServerError: it cannot be reached; or has refused the version, or not found it in time.
+        ServerError: one cannot be reached; or has refused the version, or not found it in time.
     """
     until_s = time.monotonic() + ready_s
     refused_s = None
-    reason = "it is not in the folder that is served there"
-    while True:
-        try:
-            state = next(
-                (one for one in client.models() if (one.name, one.version) == (name, number)), None
-            )
-        except ServerError as error:
-            if time.monotonic() > until_s:
-                raise
-            state, reason = None, str(error)
+    while reasons := [why for _ in range(CHANNELS) if (why := _unready(client, name, number))]:
         now_s = time.monotonic()
-        if state is not None and state.state == "READY":
-            return
-        if state is not None and state.reason:
-            refused_s, reason = refused_s or now_s, state.reason
-        else:
-            refused_s = None
+        refused = next((why for why in reasons if why not in (ABSENT, UNREACHED)), None)
+        refused_s = (refused_s or now_s) if refused else None
         if now_s > until_s or (refused_s is not None and now_s > refused_s + REFUSED_S):
+            reason = refused or reasons[0]
             raise ServerError(f"{name} {number} is not ready, {reason}", code="UNAVAILABLE")
         log.info("waiting for %s to have %s %s ready", address, name, number)
         time.sleep(LOOK_S)
+
+
+def _unready(client: Client, name: str, number: str) -> str:
+    """Return why the server at the end of the next connection has not got the version."""
+    try:
+        found = client.models(timeout_s=LOOK_S * 10)
+    except ServerError as error:
+        if error.code not in AGAIN:
+            raise
+        return UNREACHED
+    state = next((one for one in found if (one.name, one.version) == (name, number)), None)
+    if state is None:
+        return ABSENT
+    return "" if state.state == "READY" else state.reason or ABSENT
 
 
 def _other_model(client: Client, manifest: bundle_pb2.BundleManifest) -> str:
@@ -249,17 +298,9 @@ def _budget(manifest: bundle_pb2.BundleManifest) -> agreement.Budget:
 
 
 def _accuracy_failure(report: bundle_pb2.ParityReport, manifest: bundle_pb2.BundleManifest) -> str:
-    evaluated = manifest.evaluation
-    if report.reference_accuracy.correct != evaluated.accuracy.correct:
-        return (
-            f"the original is right on {report.reference_accuracy.correct} test images, "
-            f"{evaluated.accuracy.correct} when it was evaluated: the test images are others"
-        )
-    if report.accuracy.value < evaluated.min_accuracy:
-        return (
-            f"its accuracy is {report.accuracy.value:.2%}, "
-            f"the gate is at {evaluated.min_accuracy:.2%}"
-        )
+    gate = manifest.evaluation.min_accuracy
+    if report.accuracy.value < gate:
+        return f"its accuracy is {report.accuracy.value:.2%}, the gate is at {gate:.2%}"
     return ""
 
 
@@ -272,7 +313,8 @@ def _write(
 ) -> Path:
     """Write what was measured, whole; return where."""
     now = datetime.now(UTC)
-    after = {name: value for name, value in aliases.read(home).items() if name != CANDIDATE}
+    known = _with_candidate(_aliases(home), before if failures else {})
+    after = known if failures else _crowned(known, number)
     content = {
         "model": home.name,
         "version": number,
@@ -293,7 +335,12 @@ def _write(
         ],
     }
     folder = home / RECORDS
-    folder.mkdir(exist_ok=True)
     path = folder / f"{number}-{now:%Y%m%dT%H%M%S.%fZ}.json"
-    files.write_whole(path, (dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    try:
+        folder.mkdir(exist_ok=True)
+        files.write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise PromotionError(
+            f"{folder} cannot be written to: {error.strerror}; the aliases are what they were"
+        ) from error
     return path

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, UsageError
 from pipeline.runtimes import Array, Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -48,7 +48,7 @@ def read(
         found = {} if data.is_dir() else _arrays(data)
         rows = found["images"] if found else _pictures(data, taken, resize=resize)
         if labels is not None:
-            found |= {"labels": _load(labels)[ONLY]}
+            found |= {"labels": _labels(labels)}
         return Questions(_fitted(rows, taken, data), _truth(found.get("labels"), len(rows)))
 
     return questions
@@ -75,7 +75,7 @@ def _fitted(rows: Array, taken: Tensor, source: Path) -> Array:
     if not fits(rows.shape, taken.shape) and fits((*rows.shape, 1), taken.shape):
         rows = rows[..., np.newaxis]  # gray images without their channel
     if not fits(rows.shape, taken.shape):
-        raise CheckError(
+        raise UsageError(
             f"{source} has rows of shape {list(rows.shape[1:])}, the reference takes "
             f"{list(taken.shape[1:])}"
         )
@@ -86,11 +86,19 @@ def _truth(labels: Array | None, rows: int) -> NDArray[np.integer] | None:
     if labels is None:
         return None
     if labels.shape != (rows,) or labels.dtype.kind not in "iu":
-        raise CheckError(
+        raise UsageError(
             f"the labels have shape {list(labels.shape)} and dtype {labels.dtype}, expected "
             f"{rows} whole numbers"
         )
     return labels.astype(np.int64)
+
+
+def _labels(path: Path) -> Array:
+    found = _load(path)
+    name = "labels" if "labels" in found else ONLY
+    if name not in found:
+        raise UsageError(f"{path} has the arrays {sorted(found)}, expected one called labels")
+    return found[name]
 
 
 def _arrays(path: Path) -> dict[str, Array]:
@@ -100,7 +108,7 @@ def _arrays(path: Path) -> dict[str, Array]:
     if "images" not in found and len(others) == 1:
         found["images"] = found.pop(others[0])
     if "images" not in found:
-        raise CheckError(f"{path} has the arrays {sorted(found)}, expected one called images")
+        raise UsageError(f"{path} has the arrays {sorted(found)}, expected one called images")
     return found
 
 
@@ -110,15 +118,15 @@ def _load(path: Path) -> dict[str, Array]:
             loaded = np.load(file, allow_pickle=False)
             return {ONLY: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckError(f"{path} cannot be read as .npy or .npz: {error}") from error
+        raise UsageError(f"{path} cannot be read as .npy or .npz: {error}") from error
 
 
 def _pictures(folder: Path, taken: Tensor, *, resize: bool) -> Array:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not paths:
-        raise CheckError(f"{folder} has no PNG or JPEG file, expected pictures or an .npz file")
+        raise UsageError(f"{folder} has no PNG or JPEG file, expected pictures or an .npz file")
     if len(taken.shape) != RANK or taken.shape[3] not in MODES:
-        raise CheckError(
+        raise UsageError(
             f"the reference takes {list(taken.shape)}, expected images with one channel or three; "
             "give its rows as .npy"
         )
@@ -131,12 +139,12 @@ def _picture(path: Path, size: tuple[int, int], mode: str, resize: bool) -> NDAr
         with Image.open(path) as opened:
             picture = opened.convert(mode)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise CheckError(f"{path} cannot be read as a picture: {error}") from error
+        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
     own = picture.size
     wanted = size[0] if size[0] > 0 else own[0], size[1] if size[1] > 0 else own[1]
     if picture.size != wanted:
         if not resize:
-            raise CheckError(
+            raise UsageError(
                 f"{path} is {picture.width} x {picture.height}, the reference takes "
                 f"{wanted[0]} x {wanted[1]}; add --resize to have pictures made to fit"
             )

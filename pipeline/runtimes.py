@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, UsageError
 from protos import bundle_pb2
 from service.errors import ModelError
 from service.host import cores
@@ -71,12 +71,12 @@ def open_model(
     if path.is_dir():
         return _saved_model(path, signature)
     if not path.is_file():
-        raise CheckError(f"{path} is not there; expected a SavedModel's folder, .onnx or .tflite")
+        raise UsageError(f"{path} is not there; expected a SavedModel's folder, .onnx or .tflite")
     if path.suffix == ".onnx":
         return _onnx(path, options or bundle_pb2.SessionOptions(graph_optimization="all"))
     if path.suffix == ".tflite":
         return _tflite(path)
-    raise CheckError(f"{path} is a {path.suffix or 'nameless'} file, expected .onnx or .tflite")
+    raise UsageError(f"{path} is a {path.suffix or 'nameless'} file, expected .onnx or .tflite")
 
 
 def _saved_model(path: Path, signature: str) -> Model:
@@ -92,7 +92,7 @@ def _saved_model(path: Path, signature: str) -> Model:
             f"{path} cannot be loaded as a SavedModel: {_first_line(error)}"
         ) from error
     if signature not in loaded.signatures:
-        raise CheckError(
+        raise UsageError(
             f"{path} has the signatures {sorted(loaded.signatures)}, not {signature!r}; "
             "choose one with --signature"
         )
@@ -131,7 +131,7 @@ def _onnx(path: Path, options: bundle_pb2.SessionOptions) -> Model:
     except ModelError as error:
         raise CheckError(f"{path} cannot be loaded: {error}") from error
     inputs, outputs = (
-        [Tensor(one.name, one.shape, NUMPY[one.datatype]) for one in tensors]
+        [Tensor(one.name, one.shape, NUMPY.get(one.datatype, one.datatype)) for one in tensors]
         for tensors in (session.inputs, session.outputs)
     )
 

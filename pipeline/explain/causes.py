@@ -29,7 +29,7 @@ def cause(pair: Pair, precision: str) -> Told:
         ("scale", scale),
         ("offset", offset),
         ("padding", border),
-        ("range", clipped),
+        *((("range", clipped),) if precision == "int8" else ()),
         ("weights", channels),
     )
     for name, rule in named:

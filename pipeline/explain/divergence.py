@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,13 @@ class Divergence:
 
 
 def first_divergence(
-    reference: Path, candidate: Path, images: Rows, *, config: Mapping[str, str] | None = None
+    reference: Path,
+    candidate: Path,
+    images: Rows,
+    *,
+    config: Mapping[str, str] | None = None,
+    allowed: agreement.Budget | None = None,
+    apart: float | None = None,
 ) -> Divergence:
     """Walk both models on the same rows.
 
@@ -53,6 +59,9 @@ def first_divergence(
         candidate: a SavedModel's folder, a .onnx or a .tflite file.
         images: the worst rows, (rows, ...); two or more show what depends on its neighbours.
         config: switches of onnxruntime that the candidate is served with.
+        allowed: what it was published with; None: by the precision that its file computes in.
+        apart: the difference that its verdict was of, over more rows than these; None: the largest
+            of these.
 
     Raises:
         ParityError: a file cannot be run.
@@ -60,30 +69,34 @@ def first_divergence(
     original = Reference(reference)
     right = original.walk(images)
     found = tensors.walk(candidate, images, config or {})
+    if allowed is None:
+        allowed = agreement.budget(found.precision, right.logits)
+    found = replace(found, precision=allowed.precision)
     paired = pairs(right, found)
-    allowed = agreement.budget(found.precision, right.logits).max_logit
-    error = _largest(right.logits, found.logits)
+    limit = allowed.max_logit
+    error = _largest(right.logits, found.logits) if apart is None else apart
     layers = tuple(_layer(pair, found.precision) for pair in paired.values())
-    if error <= allowed:
+    which = "99.9th percentile of" if apart is not None and found.precision == "int8" else "max"
+    if error <= limit:
         text = (
-            f"{candidate.name} answers as the reference does: max |Δlogit| is {error:.2g} of "
-            f"{allowed:.2g} allowed on {len(images)} rows"
+            f"{candidate.name} answers as the reference does: {which} |Δlogit| is {error:.2g} of "
+            f"{limit:.2g} allowed"
         )
-        return Divergence(False, "", "", text, error, allowed, 0.0, layers)
+        return Divergence(False, "", "", text, error, limit, 0.0, layers)
     layer, cause, seen, relative = _blame(original, right, found, paired)
     mixed = _mixed_up(original, images, found)
     told = (
         _unsteady(candidate, images, config or {}, found)
-        or _saturated(candidate, images, config or {}, right, allowed)
+        or _saturated(candidate, images, config or {}, right, limit)
         or mixed
         or (cause, seen)
     )
     layer = INPUT if mixed == told else layer
     text = (
-        f"{candidate.name} diverges at {layer} ({told[0]}): {told[1]}; max |Δlogit| is "
-        f"{error:.3g}, {allowed:.2g} allowed"
+        f"{candidate.name} diverges at {layer} ({told[0]}): {told[1]}; {which} |Δlogit| is "
+        f"{error:.3g}, {limit:.2g} allowed"
     )
-    return Divergence(True, layer, told[0], text, error, allowed, relative, layers)
+    return Divergence(True, layer, told[0], text, error, limit, relative, layers)
 
 
 def layer_of(tensor: str) -> str:
@@ -186,11 +199,24 @@ def _padded(original: Reference, right: Walked, pair: Pair, precision: str) -> s
             continue
         limit = TOLERANCE[precision]
         fits = relative_error(made, pair.value, precision) <= limit
-        if fits or causes.offset(made, pair.value, limit):
+        if fits or relative_error(_normalised(made, pair.value), pair.value, precision) <= limit:
             return (
                 f"equal if rows are padded by {tuple(vertical)} and columns by {tuple(horizontal)}"
             )
     return ""
+
+
+def _normalised(made: Floats, found: Floats) -> Floats:
+    """Return what was made with the scale and offset of each channel that bring it nearest.
+
+    A bias or a BatchNorm that was folded into the convolution is no part of its padding.
+    """
+    axes = tuple(range(made.ndim - 1))
+    centred = made - made.mean(axes)
+    spread = np.maximum((centred**2).mean(axes), np.finfo(np.float32).tiny)
+    slope = (centred * (found - found.mean(axes))).mean(axes) / spread
+    fitted: Floats = (centred * slope + found.mean(axes)).astype(np.float32)
+    return fitted
 
 
 def _convolution(

@@ -24,6 +24,8 @@ class Asked:
     candidate: Path
     images: Rows
     config: Mapping[str, str] = field(default_factory=dict)
+    allowed: agreement.Budget | None = None  # None: by the file
+    apart: float | None = None  # over all rows; None: of these
 
 
 def of_bundle(path: Path, variant: str, rows: int) -> Asked:
@@ -34,16 +36,27 @@ def of_bundle(path: Path, variant: str, rows: int) -> Asked:
         ParityError: it has no such variant, or not its original.
     """
     content = bundle.read(path)
-    files = {one.variant: one.path for one in content.manifest.parity}
+    reports = {one.variant: one for one in content.manifest.parity}
+    files = {name: one.path for name, one in reports.items() if (path / one.path).exists()}
     missing = [one for one in (variant, ORIGINAL) if one not in files]
     if missing:
-        raise ParityError(f"{path} has no {missing[0]}, expected one of {', '.join(files)}")
+        raise ParityError(
+            f"{path} has no {missing[0]}, expected one of {', '.join(files)}; what failed its "
+            "parity is in the run's folder: give it with --candidate"
+        )
     golden = content.golden
     images = np.concatenate([golden.inputs, golden.hostile_inputs])
     session = content.manifest.session
     reference, candidate = path / files[ORIGINAL], path / files[variant]
-    found = _worst(open_model(reference), open_model(candidate, options=session), images, rows)
-    return Asked(reference, candidate, found, dict(session.config))
+    budget = reports[variant].budget
+    allowed = agreement.Budget(budget.precision, budget.scale)
+    answers = open_model(reference), open_model(candidate, options=session)
+    right, wrong = (_logits(model, images) for model in answers)
+    found = _worst(right, wrong, images, rows, allowed)
+    known = slice(len(golden.inputs) if budget.precision == "int8" else None)
+    apart = agreement.difference(right[known], wrong[known])
+    decisive = apart.p999 if budget.precision == "int8" else apart.max
+    return Asked(reference, candidate, found, dict(session.config), allowed, decisive)
 
 
 def of_pair(reference: Path, candidate: Path, data: Path, rows: int) -> Asked:
@@ -54,22 +67,31 @@ def of_pair(reference: Path, candidate: Path, data: Path, rows: int) -> Asked:
     """
     first = open_model(reference)
     asked = questions.read(data, labels=None, resize=False)(first.input)
-    return Asked(reference, candidate, _worst(first, open_model(candidate), asked.rows, rows))
+    right, wrong = (_logits(model, asked.rows) for model in (first, open_model(candidate)))
+    allowed = agreement.budget("float32", right)
+    return Asked(reference, candidate, _worst(right, wrong, asked.rows, rows, allowed))
 
 
 def explain(asked: Asked) -> Divergence:
     """Walk both models."""
-    return first_divergence(asked.reference, asked.candidate, asked.images, config=asked.config)
+    return first_divergence(
+        asked.reference,
+        asked.candidate,
+        asked.images,
+        config=asked.config,
+        allowed=asked.allowed,
+        apart=asked.apart,
+    )
 
 
-def _worst(first: Model, second: Model, images: Rows, rows: int) -> Rows:
+def _worst(
+    right: Floats, found: Floats, images: Rows, rows: int, allowed: agreement.Budget
+) -> Rows:
     """Return unexplained flips first, then what is furthest off."""
-    right, found = (_logits(model, images) for model in (first, second))
     if right.shape != found.shape or right.ndim != 2:  # noqa: PLR2004  rows and classes
         return images[:rows]
     apart = np.abs(right.astype(np.float64) - found).max(axis=1)
     apart = np.where(np.isfinite(apart), apart, np.inf)
-    allowed = agreement.budget("float32", right)
     flipped = right.argmax(axis=1) != found.argmax(axis=1)
     unexplained = flipped & (agreement.margins(right) > 2 * allowed.max_logit)
     return images[np.lexsort((-apart, ~unexplained))[:rows]]

@@ -142,7 +142,7 @@ def test_outputs_that_are_no_logits_are_judged_by_their_differences(saved, candi
     found = hold(saved, candidate(), images, output="probabilities")
 
     assert not found.failure
-    assert "probabilities are not called logits" in found.notes[0]
+    assert "probabilities and probabilities are no logits" in found.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +290,7 @@ def test_the_command_gives_its_reports_as_json(saved, candidate, images):
         ("--reference", "a"),
         ("--bundle", "a", "--reference", "a", "--candidate", "b", "--data", "c"),
         ("--against", "a", "--reference", "a", "--candidate", "b", "--data", "c"),
+        ("--bundle", "a", "--data", "c"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_as_usage(words):
@@ -297,6 +298,59 @@ def test_options_that_do_not_go_together_are_refused_as_usage(words):
 
     assert result.exit_code == 2
     assert "give --bundle" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"--precision": "float8"}, "expected one of float32, float16, int8"),
+        ({"--candidate": "none.onnx"}, "none.onnx is not there"),
+        ({"--data": "none.npz"}, "none.npz cannot be read"),
+        ({"--output": "other"}, "no output 'other'"),
+        ({"--signature": "other"}, "choose one with --signature"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_usage_and_not_a_verdict(
+    saved, candidate, images, changed, said
+):
+    words = {"--reference": saved, "--candidate": candidate(), "--data": images} | changed
+
+    result = run(*(word for pair in words.items() for word in pair))
+
+    assert result.exit_code == 2
+    assert said in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("wrong", [99, -1])
+def test_labels_of_classes_that_there_are_not_are_refused(saved, candidate, tmp_path, tiny, wrong):
+    np.savez(tmp_path / "rows.npz", images=tiny.images(5), labels=np.full(5, wrong))
+
+    assert "the models have 3 classes" in refusal(saved, candidate(), tmp_path / "rows.npz")
+
+
+def test_labels_may_stand_in_a_file_of_their_own(saved, candidate, images, tiny, tmp_path):
+    for name, arrays in (("a.npz", {"labels": np.zeros(40, int)}), ("b.npz", {"x": np.zeros(40)})):
+        np.savez(tmp_path / name, **arrays)
+    asked = questions.read(images, labels=tmp_path / "a.npz")
+
+    assert check.pair(saved, candidate(), asked).reports[0].accuracy.value < 1
+    with pytest.raises(CheckError, match="expected one called labels"):
+        check.pair(saved, candidate(), questions.read(images, labels=tmp_path / "b.npz"))
+
+
+@pytest.mark.slow
+def test_integers_of_tflite_are_compared_as_what_they_stand_for(saved, images, tmp_path, tiny):
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(saved))
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([row[np.newaxis]] for row in tiny.images(100))
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_output_type = tf.int8
+    path = tmp_path / "model.tflite"
+    path.write_bytes(converter.convert())
+
+    report = hold(saved, path, images, precision="int8").reports[0]
+
+    assert report.logits.p999 <= report.budget.max_logit
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 from pipeline import evaluate
 from pipeline.config import GateConfig
 from pipeline.errors import EvaluationError
+from pipeline.records import Trained
 
 
 def test_every_test_image_is_scored_once(scores):
@@ -65,3 +66,29 @@ def test_huge_logits_do_not_overflow():
     logits = np.array([[3e4, -3e4]], np.float32)
 
     assert evaluate.cross_entropy(logits, np.array([1])) == pytest.approx(6e4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swapped", [False, True])
+def test_averaged_weights_that_were_not_put_in_place_are_refused(data, tmp_path, swapped):
+    model = keras.Sequential(
+        [keras.Input((28, 28, 1)), keras.layers.Flatten(), keras.layers.Dense(10, name="last")]
+    )
+    optimizer = keras.optimizers.Adam(0.01, use_ema=True)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    rows = np.random.default_rng(1).uniform(0, 1, (64, 28, 28, 1)).astype(np.float32)
+    for _ in range(3):
+        model.train_on_batch(rows, np.arange(64) % 10)
+    if swapped:
+        optimizer.finalize_variable_values(model.trainable_variables)
+    path = tmp_path / "averaged.keras"
+    model.save(path)
+    trained = Trained(
+        path=path, sha256="", parameters=0, optimizer="", device="", history=(), best_epoch=1
+    )
+
+    if swapped:
+        assert evaluate.score(trained, data, GateConfig(min_accuracy=0.0)).rows == 10_000
+    else:
+        with pytest.raises(EvaluationError, match="last/kernel is not its average: save the model"):
+            evaluate.score(trained, data, GateConfig(min_accuracy=0.0))

@@ -1,12 +1,15 @@
+import asyncio
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +20,14 @@ import tensorflow as tf
 from pipeline import dataset, promote
 from pipeline.endpoint import TOKEN, Endpoint
 from pipeline.errors import BusyError, PromotionError
+from pipeline.publish import write_manifest
 from service import aliases, bundle
 from service.client import Client
 from service.errors import BundleError, ServerError
 
 ROWS = 2_000
-DATA: Any = None  # what `dataset.load` is given, which is not the real one here
+# What `dataset.load` is given, which is not the real one here.
+DATA: Any = SimpleNamespace(sha256="images")
 
 
 class Linear(tf.Module):
@@ -65,6 +70,7 @@ def publish(make_bundle, tiny, tmp_path, test_images):
 
         def edit(manifest):
             manifest.provenance.parent_sha256 = f"{striped}"
+            manifest.dataset.sha256 = DATA.sha256
             manifest.evaluation.accuracy.correct = right
             manifest.evaluation.min_accuracy = min_accuracy
             for file in sorted(one for one in saved.rglob("*") if one.is_file()):
@@ -159,7 +165,7 @@ def test_another_model_under_the_same_number_is_not_promoted(publish, tmp_path):
         said = refusal(path, [endpoint])
 
     assert "it serves another model under tiny 1: model.sha256 is " in said
-    assert "there is none still" in said
+    assert "there is none, so that the highest version that is ready answers" in said
     assert aliases.read(path.parent) == {}
     assert record_of(path.parent)["promoted"] is False
 
@@ -185,11 +191,122 @@ def test_accuracy_below_the_gate_is_not_promoted(publish):
         assert "its accuracy is " in refusal(path, [endpoint])
 
 
-def test_other_test_images_than_the_evaluations_are_noticed(publish, test_images):
+def test_other_test_images_than_the_evaluations_are_noticed(publish):
     path = publish(1)
-    test_images.labels[:] = 1
+    others: Any = SimpleNamespace(sha256="others")
+
+    with pytest.raises(PromotionError, match="these images are others; give its own with --data"):
+        promote.promote(path, others, [Endpoint("127.0.0.1:1")])
+
+
+def test_an_original_that_was_changed_is_not_relied_on(publish):
+    path = publish(1)
+    with (path / "variants/saved_model/saved_model.pb").open("ab") as file:
+        file.write(b"\0")
+
+    with pytest.raises(BundleError, match=r"saved_model\.pb"):
+        promote.promote(path, DATA, [Endpoint("127.0.0.1:1")])
+
+
+def test_an_alias_of_a_version_that_is_gone_is_in_nobodys_way(publish):
+    path = publish(2, striped=1.0)
+    gone = publish(1)
+    aliases.write(path.parent, {"champion": 2, "previous": 1})
+    shutil.rmtree(gone)
     with served(path.parents[1]) as endpoint:
-        assert "the test images are others" in refusal(path, [endpoint])
+        promote.promote(path, DATA, [endpoint])
+
+    assert aliases.read(path.parent) == {"champion": 2}
+
+
+def test_without_a_record_there_is_no_champion(publish):
+    path = publish(1)
+    (path.parent / "records").write_text("in the way")
+    with served(path.parents[1]) as endpoint:
+        assert "records cannot be written to" in refusal(path, [endpoint])
+
+    assert aliases.read(path.parent) == {}
+
+
+def test_a_champion_that_no_longer_holds_is_told_so(publish, tmp_path):
+    path = publish(1)
+    aliases.write(path.parent, {"champion": 1})
+    publish(1, striped=3.0, root=tmp_path / "elsewhere")
+    with served(tmp_path / "elsewhere") as endpoint:
+        assert "tiny 1, the champion, does not hold, " in refusal(path, [endpoint])
+
+    assert aliases.read(path.parent) == {"champion": 1}
+
+
+@contextmanager
+def balanced(*addresses):
+    """Give each new connection to the next server, as a balancer of connections does."""
+    turns = itertools.cycle(addresses)
+
+    async def pump(reader, writer):
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def connected(reader, writer):
+        host, port = next(turns).rsplit(":", 1)
+        there, back = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pump(reader, back), pump(there, writer))
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(
+        asyncio.start_server(connected, "127.0.0.1", 0), loop
+    ).result()
+
+    async def close():
+        server.close()
+        others = [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        asyncio.run_coroutine_threadsafe(close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_one_server_of_two_behind_a_balancer_with_another_model_is_found(publish, tmp_path):
+    path = publish(1)
+    publish(1, striped=1e-4, root=tmp_path / "elsewhere")  # within the budget
+    with (
+        served(path.parents[1]) as right,
+        served(tmp_path / "elsewhere") as wrong,
+        balanced(right.address, wrong.address) as address,
+    ):
+        said = refusal(path, [Endpoint(address)])
+
+    assert "it serves another model under tiny 1" in said
+
+
+def test_a_slower_server_behind_a_balancer_is_waited_for(publish, tmp_path):
+    publish(1)
+    path = publish(2, striped=1.0)
+    slow = tmp_path / "slow"
+    shutil.copytree(path.parent / "1", slow / "tiny" / "1")
+    with (
+        served(path.parents[1]) as one,
+        served(slow, "--poll-s", "0.2") as other,
+        balanced(one.address, other.address) as address,
+    ):
+        later = threading.Timer(2.0, shutil.copytree, (path, slow / "tiny" / "2"))
+        later.start()
+        promote.promote(path, DATA, [Endpoint(address)])
+        later.join()
+
+    assert aliases.read(path.parent) == {"champion": 2}
 
 
 def test_a_version_that_no_server_has_is_waited_for_and_then_refused(publish, tmp_path):
@@ -206,12 +323,14 @@ def test_a_version_that_the_server_refuses_is_refused_with_its_reason(publish, m
     monkeypatch.setattr(promote, "REFUSED_S", 1.0)
     good = publish(1)
     path = publish(2, striped=1.0)
-    (path / "golden.npz").write_bytes(b"")
+    manifest = bundle.read_manifest(path)
+    manifest.session.graph_optimization = "sideways"
+    write_manifest(path, manifest)
     with served(good.parents[1]) as endpoint:
         said = refusal(path, [endpoint])
 
     assert "tiny 2 is not ready, " in said
-    assert "golden.npz" in said
+    assert "graph_optimization is 'sideways'" in said
 
 
 def test_a_server_that_is_not_there_is_told(publish):
@@ -247,11 +366,12 @@ from pipeline.endpoint import Endpoint
 images = np.zeros((2000, 2, 2, 1), np.uint8)
 split = SimpleNamespace(images=images, labels=np.zeros(2000, np.uint8))
 dataset.load = lambda data: SimpleNamespace(test=split)
+data = SimpleNamespace(sha256="images")
 def stuck(*arguments):
     print("asking", flush=True)
     time.sleep(600)
 promote._ask = stuck
-promote.promote(Path(sys.argv[1]), None, [Endpoint("127.0.0.1:1")])
+promote.promote(Path(sys.argv[1]), data, [Endpoint("127.0.0.1:1")])
 """
 
 
@@ -272,6 +392,8 @@ def test_a_kill_in_the_middle_leaves_the_champion_and_the_next_promotion_works(p
         killed.send_signal(signal.SIGKILL)
 
     assert aliases.read(path.parent) == {"champion": 1, "candidate": 2}
+    assert "no server answers there" in refusal(path, [Endpoint("127.0.0.1:1")], ready_s=0.5)
+    assert aliases.read(path.parent) == {"champion": 1}  # as before the one that was killed
     with served(path.parents[1]) as endpoint:
         promote.promote(path, DATA, [endpoint])
     assert aliases.read(path.parent) == {"champion": 2, "previous": 1}
