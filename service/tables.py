@@ -18,6 +18,7 @@ from service.doctor import Finding
 
 console = Console()
 BAR = 3  # characters
+INT8 = "int8"
 EIGHTHS = "▏▎▍▌▋▊▉"
 LITTLE, MUCH = 0.1, 0.25  # as a population stability index is usually read
 
@@ -80,35 +81,39 @@ def _failures(one: parity_pb2.VersionParity) -> list[Text]:
 
 
 def _parity_table(one: parity_pb2.VersionParity) -> Table:
+    rows = max((report.accuracy.rows for report in one.variants), default=0)
     table = Table(
-        title=escape(f"{one.model} version {one.version}: parity with the original"),
+        title=escape(f"{one.model} version {one.version}: parity with the original")
+        + (f", on {rows:,} test images" if rows else ""),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     table.add_column("variant", no_wrap=True)
-    for name in ("images", "accuracy", "agreement", "max |Δ|"):
+    for name in ("accuracy", "agreement", "|Δ|"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("allowed", no_wrap=True)
     table.add_column("flips", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     served = [one.served] if one.HasField("served") else []
     for report in [*one.variants, *served, one.self_check.report]:
-        table.add_row(*_parity_row(report))
+        table.add_row(*_parity_row(report, rows))
     if one.HasField("live"):
         table.add_section()
         table.add_row(*_live_row(one.live))
     return table
 
 
-def _parity_row(report: bundle_pb2.ParityReport) -> list[str]:
+def _parity_row(report: bundle_pb2.ParityReport, rows: int) -> list[str]:
+    own = report.accuracy.rows
+    # As its verdict is of: integers are judged by a percentile.
+    apart = report.logits.p999 if report.budget.precision == INT8 else report.logits.max
     return [
-        escape(report.variant),
-        f"{report.accuracy.rows:,}",
+        escape(report.variant) + (f", {own:,}" if own != rows else ""),
         f"{report.accuracy.value:.2%}",
         f"{report.agreement:.2%}",
-        f"{report.logits.max:.2g}",
-        _of_allowed(report.logits.max, report.budget.max_logit),
+        f"{apart:.2g}",
+        _of_allowed(apart, report.budget.max_logit),
         _flips(report.flips_explained, report.flips_unexplained),
         "[green]passed[/]" if report.passed else "[red]failed[/]",
     ]
@@ -121,14 +126,14 @@ def _live_row(live: parity_pb2.LiveParity) -> list[str]:
         parity_pb2.LIVE_VERDICT_FAILED: "[red]failed[/]",
     }.get(live.verdict, "unknown")
     if not window.rows:
-        return ["live", "0", "", "", "", "", "", verdict]
+        return ["live", "", "", "", "", "", verdict]
+    judged = live.budget.precision != INT8  # whose largest difference nothing is held to
     return [
-        "live",
-        f"{window.rows:,}",
+        f"live, {window.rows:,}",
         "",
         f"{window.agreed / window.rows:.2%}",
         f"{window.max_logit:.2g}",
-        _of_allowed(window.max_logit, live.budget.max_logit),
+        _of_allowed(window.max_logit, live.budget.max_logit) if judged else "",
         _flips(window.flips_explained, window.flips_unexplained),
         verdict,
     ]

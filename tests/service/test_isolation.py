@@ -47,10 +47,6 @@ LEFT = {
 }
 
 
-# With the last channel gone it would wait for such a call for ever, and hang the process.
-grpc.aio.init_grpc_aio()
-
-
 class Asker:
     """Asks a server, each request a payload that no other has, and holds it to the model."""
 
@@ -66,6 +62,8 @@ class Asker:
         self.wrong: list[str] = []
 
     async def run(self, address: str) -> inference_pb2.ModelStatistics:
+        # With the last channel gone it would wait for such a call for ever, and hang the process.
+        grpc.aio.init_grpc_aio()
         async with grpc.aio.insecure_channel(address) as channel:
             self.infer: Any = channel.unary_unary(METHOD)
             await asyncio.gather(*(self.work() for _ in range(IN_FLIGHT)))
