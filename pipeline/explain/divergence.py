@@ -15,6 +15,13 @@ from service import agreement
 
 INPUT = "the input"
 SATURATION = "session.x64quantprecision"
+ADDED_UP = {  # said where no layer departs, and the logits do
+    "unknown": "every tensor inside agrees, the logits as served do not",
+    "rounding": (
+        "every tensor inside is as near as its precision allows, and what they are off adds up: "
+        "calibrate on more images, or take a wider precision"
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +152,11 @@ def _blame(
 ) -> tuple[str, str, str, float]:
     suspects = _suspects(right, paired)
     seen = [paired[one.name] for one in suspects if one.name in paired]
-    if not suspects or not seen:
-        return (layer_of(suspects[0].name) if suspects else "the logits", "unknown",
-                "every tensor inside agrees, the logits as served do not", 0.0)  # fmt: skip
+    if not seen:
+        layer = layer_of(suspects[0].name) if suspects else "the logits"
+        cause = "unknown" if found.precision == "float32" else "rounding"
+        largest = max((pair.relative for pair in paired.values()), default=0.0)
+        return layer, cause, ADDED_UP[cause], largest
     first = seen[0]
     for pair in seen[:6]:  # a kernel's product, its bias, its Relu: one fused tensor is one of them
         padded = _padded(original, right, pair, found.precision)
