@@ -26,6 +26,8 @@ from service.errors import BundleError
 
 WORST_ROWS = 3
 LOGITS = "logits"
+PROBABILITIES = "probabilities"
+INT8 = "int8"
 Floats: TypeAlias = NDArray[np.float32]
 
 
@@ -76,7 +78,8 @@ def pair(
         raise UsageError("there are no rows to ask about")
     names = _output(first, output), _output(second, output)
     rows, notes = _laid_out(questions.rows, first.input, second.input)
-    answers = first.run(questions.rows)[names[0]], second.run(rows)[names[1]]
+    outputs = second.run(rows)
+    answers = first.run(questions.rows)[names[0]], outputs[names[1]]
     if answers[0].shape != answers[1].shape:
         raise CheckError(
             f"{candidate.name} answers {names[1]} of shape {list(answers[1].shape)}, "
@@ -90,6 +93,8 @@ def pair(
             f"{len(answers[0].T)} classes"
         )
     report = _compared(*answers, truth, precision=precision, logits=logits)
+    if logits:
+        _check_probabilities(report, outputs, names[1])
     report.variant, report.path = candidate.name, str(candidate)
     if not logits:
         notes.append(f"{names[0]} and {names[1]} are no logits: judged by their differences alone")
@@ -116,7 +121,7 @@ def whole_bundle(path: Path, against: Path | None = None) -> Found:
     reports, worst = [], {}
     if against is not None:
         original = open_model(against)
-        report = _golden(manifest, golden, *_answers(original, output, golden), "float32")
+        report = _golden(manifest, golden, *_answers(original, output, golden)[:2], "float32")
         report.variant, report.path = "golden set", bundle.GOLDEN
         if report.failure:
             report.failure += f"; {against} is not the model that answered it"
@@ -124,8 +129,10 @@ def whole_bundle(path: Path, against: Path | None = None) -> Found:
     for published in _runnable(path, manifest):
         options = manifest.session if published.path == bundle.MODEL else None
         model = open_model(path / published.path, options=options)
-        answers, hostile = _answers(model, output, golden)
+        answers, hostile, outputs = _answers(model, output, golden)
         report = _golden(manifest, golden, answers, hostile, published.budget.precision)
+        if not _generic(manifest):
+            _check_probabilities(report, outputs, output)
         report.variant, report.path = published.variant, published.path
         _check_labels(model, manifest, report)
         reports.append(report)
@@ -138,7 +145,7 @@ def table(found: Found) -> Group:
     """Return one row a variant, with its worst rows and all notes below."""
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     drawn.add_column("variant", overflow="fold")
-    for name in ("rows", "agreement", "max |Δ|", "allowed", "flips"):
+    for name in ("rows", "agreement", "|Δ|", "allowed", "flips"):
         drawn.add_column(name, justify="right", no_wrap=True)
     drawn.add_column("verdict", no_wrap=True)
     for one in found.reports:
@@ -146,12 +153,14 @@ def table(found: Found) -> Group:
             Text(one.variant),
             f"{one.accuracy.rows:,}",
             f"{one.agreement:.2%}",
-            f"{one.logits.max:.2g}",
+            f"{one.logits.p999 if one.budget.precision == INT8 else one.logits.max:.2g}",
             f"{one.budget.max_logit:.2g}",
             str(one.flips_explained + one.flips_unexplained),
             "[green]passed[/]" if one.passed else "[red]failed[/]",
         )
     lines = [*found.notes]
+    if any(one.budget.precision == INT8 for one in found.reports):
+        lines.append("|Δ| is the largest; of variants with integers the 99.9th percentile")
     for name, rows in found.worst.items():
         lines.append(f"{name} is furthest off on the rows {', '.join(map(str, rows))}")
     return Group(drawn, *(Text(f"{line}.") for line in lines))
@@ -185,14 +194,23 @@ def _generic(manifest: bundle_pb2.BundleManifest) -> bool:
     return manifest.kind == bundle_pb2.KIND_GENERIC
 
 
-def _answers(model: Model, output: str, golden: bundle.Golden) -> tuple[Floats, Floats]:
-    """Return a model's answers to the golden inputs, and to the hostile ones."""
+def _answers(
+    model: Model, output: str, golden: bundle.Golden
+) -> tuple[Floats, Floats, dict[str, Array]]:
+    """Return what it answers to the golden inputs and the hostile ones, and all its outputs."""
     name = _output(model, output)
-    first, second = (
-        model.run(rows)[name].astype(np.float32, copy=False)
-        for rows in (golden.inputs, golden.hostile_inputs)
-    )
-    return first, second
+    outputs, hostile = (model.run(rows) for rows in (golden.inputs, golden.hostile_inputs))
+    first, second = (found[name].astype(np.float32, copy=False) for found in (outputs, hostile))
+    return first, second, outputs
+
+
+def _check_probabilities(
+    report: bundle_pb2.ParityReport, outputs: dict[str, Array], name: str
+) -> None:
+    """Fail a model that passed, but whose probabilities are not those of its logits."""
+    if PROBABILITIES in outputs and name != PROBABILITIES:
+        logits, found = (outputs[one].astype(np.float32) for one in (name, PROBABILITIES))
+        agreement.judge_probabilities(report, logits, found)
 
 
 def _golden(
@@ -233,7 +251,7 @@ def _check_labels(
     promised = list(manifest.labels)
     if said is not None and promised and said != json.dumps(promised):
         report.passed = False
-        report.failure = f"the file has the labels {said[:100]}, the manifest {str(promised)[:100]}"
+        report.failure = f"the file has the labels {said[:300]}, the manifest {str(promised)[:300]}"
 
 
 def _compared(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import CheckError, UsageError
+from pipeline.errors import UsageError
 from pipeline.runtimes import Array, Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -41,7 +41,7 @@ def read(
         resize: whether pictures of other sizes are made to fit.
 
     Raises:
-        CheckError: when it is called: there are none, or they do not fit.
+        UsageError: when it is called: there are none, or they do not fit.
     """
 
     def questions(taken: Tensor) -> Questions:
@@ -62,10 +62,11 @@ def fits(found: Sequence[int], wanted: Sequence[int]) -> bool:
 
 
 def cast(rows: Array, taken: Tensor) -> Array:
-    """Return the same numbers in an input's dtype; raises CheckError where it lacks some."""
-    given = rows.astype(taken.dtype)
+    """Return the same numbers in an input's dtype; raises UsageError where it lacks some."""
+    with np.errstate(invalid="ignore"):  # what has no such value is refused, not warned about
+        given = rows.astype(taken.dtype)
     if not np.array_equal(given.astype(np.float64), rows.astype(np.float64)):
-        raise CheckError(
+        raise UsageError(
             f"{taken.name} is {taken.dtype}, and the rows, {rows.dtype}, have values that are none"
         )
     return given
@@ -117,7 +118,7 @@ def _load(path: Path) -> dict[str, Array]:
         with path.open("rb") as file:  # which numpy leaves open where it is none of its own
             loaded = np.load(file, allow_pickle=False)
             return {ONLY: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} cannot be read as .npy or .npz: {error}") from error
 
 

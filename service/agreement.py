@@ -23,6 +23,9 @@ COEFFICIENT = {"float32": 1e-5, "float16": 2e-3, "int8": 5e-2}
 INT8_MIN_AGREEMENT = 0.99
 INT8_MAX_ACCURACY_DROP = 0.003
 MIN_SHARE_ROWS = 1000  # below it a share says too little to be held to a limit of 1 %
+# Allowed distance of probabilities from the softmax of the logits beside them: rounding is far
+# below it, another order of the classes or another temperature far above.
+PROBABILITY_ERROR = {"float32": 1e-3, "float16": 5e-3, "int8": 5e-2}
 PIXEL_BINS = 16  # of images by their mean pixel
 MIN_SHARE = 1e-4  # of a bin in a stability index, which is infinite where one is empty
 WILSON_Z = 1.959964  # 97.5th percentile of the normal distribution: a 95 % interval
@@ -271,6 +274,30 @@ def stability_index(expected: Sequence[int], found: Sequence[int]) -> float:
         raise ValueError(f"histograms have {p.size} and {q.size} bins, expected counts in the same")
     p, q = (np.maximum(counts / counts.sum(), MIN_SHARE) for counts in (p, q))
     return float(((q - p) * np.log(q / p)).sum())
+
+
+def judge_probabilities(
+    report: bundle_pb2.ParityReport, logits: Logits, probabilities: NDArray[np.floating]
+) -> None:
+    """Fail a report that passed, of a model whose probabilities are not those of its logits.
+
+    Clients read the one, parity is measured on the other.
+
+    Args:
+        report: whose budget says how precise the model is.
+        logits: (rows, classes).
+        probabilities: the same rows and classes.
+    """
+    limit = PROBABILITY_ERROR[report.budget.precision]
+    apart = math.inf
+    if probabilities.shape == logits.shape:
+        with np.errstate(all="ignore"):  # what is not finite is refused, not warned about
+            apart = float(np.abs(softmax(logits) - probabilities).max())
+    if report.passed and not apart <= limit:
+        report.passed = False
+        report.failure = (
+            f"probabilities are {apart:.2g} from the softmax of the logits, allowed are {limit:g}"
+        )
 
 
 def margins(logits: Logits) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf import timestamp_pb2
@@ -24,6 +25,7 @@ from service.session import RUNTIME, Session
 from service.tensors import DTYPE
 
 LOGITS = "logits"  # the output that a classifier's parity is measured on
+PROBABILITIES = "probabilities"  # the one that its clients read
 REAL = "biuf"  # numpy's kinds of dtypes whose values are numbers on a line
 
 
@@ -164,7 +166,8 @@ def _answer_golden(
     allowed = _budget(content)
     try:
         with np.errstate(all="ignore"):  # what is not finite is refused, not warned about
-            answers = _outputs(manifest, session, golden.inputs, max_batch_rows)
+            outputs = _outputs(session, golden.inputs, max_batch_rows)
+            answers = outputs[checked_output(manifest)]
             if manifest.kind == bundle_pb2.KIND_GENERIC:
                 report = agreement.compare_outputs(golden.outputs, answers, allowed=allowed)
             else:
@@ -175,7 +178,8 @@ def _answer_golden(
                     allowed=allowed,
                     class_names=list(manifest.labels),
                 )
-            hostile = _outputs(manifest, session, golden.hostile_inputs, max_batch_rows)
+            extremes = _outputs(session, golden.hostile_inputs, max_batch_rows)
+            hostile = extremes[checked_output(manifest)]
             report.hostile.rows = len(hostile)
             report.hostile.max_logit = _largest(golden.hostile_outputs, hostile)
     except ValueError as error:
@@ -183,6 +187,8 @@ def _answer_golden(
             f"{bundle.shown(content.path)} has an unusable golden set: {error}"
         ) from error
     agreement.judge(report)
+    if manifest.kind != bundle_pb2.KIND_GENERIC and PROBABILITIES in outputs:
+        agreement.judge_probabilities(report, answers, outputs[PROBABILITIES])
     report.variant, report.runtime, report.path = "self-check", RUNTIME, bundle.MODEL
     report.size_bytes = len(content.model)
     return report
@@ -216,15 +222,11 @@ def _budget(content: bundle.Bundle) -> agreement.Budget:
 
 
 def _outputs(
-    manifest: bundle_pb2.BundleManifest,
-    session: Session,
-    inputs: NDArray[np.generic],
-    max_batch_rows: int,
-) -> NDArray[np.floating]:
-    name = checked_output(manifest)
+    session: Session, inputs: NDArray[np.generic], max_batch_rows: int
+) -> dict[str, NDArray[Any]]:
+    """Return every output by its name, (rows, ...)."""
     parts = [
-        session.run(inputs[start : start + max_batch_rows])[name]
+        session.run(inputs[start : start + max_batch_rows])
         for start in range(0, len(inputs), max_batch_rows)
     ]
-    joined: NDArray[np.floating] = np.concatenate(parts)
-    return joined
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

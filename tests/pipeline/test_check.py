@@ -190,7 +190,6 @@ def test_missing_signatures_and_outputs_name_those_there_are(saved, candidate, i
         ({"images": np.zeros((4, 2, 2, 1), np.uint8), "labels": np.zeros(3, int)}, "expected 4"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_rows_that_do_not_fit_are_refused(saved, candidate, tmp_path, arrays, said):
     data = tmp_path / "rows.npz"
     np.savez(data, **arrays)
@@ -198,7 +197,12 @@ def test_rows_that_do_not_fit_are_refused(saved, candidate, tmp_path, arrays, sa
     assert said in refusal(saved, candidate(), data)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY"])
+HUGE = b"\x93NUMPY\x01\x00v\x00" + (
+    b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000000, 28), }".ljust(117) + b"\n"
+)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", HUGE])
 def test_hostile_data_are_refused(saved, candidate, tmp_path, content):
     (tmp_path / "rows.npz").write_bytes(content)
 
@@ -254,6 +258,30 @@ def test_a_file_that_names_its_classes_otherwise_fails(make_bundle, tiny):
     found = check.whole_bundle(make_bundle(model=model.SerializeToString()))
 
     assert "the file has the labels" in found.failure
+
+
+def reversed_probabilities(tiny):
+    """The tiny model with its logits untouched and its probabilities the other way round."""
+    model = onnx.load_from_string(tiny.model())
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0]), "reverse"))
+    model.graph.node.insert(
+        len(model.graph.node) - 1, helper.make_node("Gather", ["logits", "reverse"], ["r"], axis=1)
+    )
+    softmax.input[0] = "r"
+    return model.SerializeToString()
+
+
+def test_probabilities_that_are_not_those_of_the_logits_are_found(
+    make_bundle, saved, candidate, images, tiny
+):
+    model = reversed_probabilities(tiny)
+
+    for failure in (
+        check.whole_bundle(make_bundle(model=model)).failure,
+        hold(saved, candidate(model=model), images).failure,
+    ):
+        assert "from the softmax of the logits, allowed are 0.001" in failure
 
 
 def run(*words):

@@ -434,6 +434,19 @@ def test_a_model_that_names_its_classes_otherwise_is_refused(
         load(path)
 
 
+def test_probabilities_that_are_not_those_of_the_logits_are_refused(make_bundle, load, tiny):
+    model = onnx.load_from_string(tiny.model())
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.node.insert(
+        len(model.graph.node) - 1, helper.make_node("Neg", ["logits"], ["negative"])
+    )
+    softmax.input[0] = "negative"
+    path = make_bundle(model=model.SerializeToString())
+
+    with pytest.raises(BundleError, match="from the softmax of the logits, allowed are"):
+        load(path)
+
+
 def test_a_model_of_another_original_is_refused(make_bundle, load, tiny):
     def edit(manifest):
         manifest.provenance.parent_sha256 = "abc"
