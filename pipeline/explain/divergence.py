@@ -82,7 +82,13 @@ def first_divergence(
     paired = pairs(right, found)
     limit = allowed.max_logit
     error = _largest(right.logits, found.logits) if apart is None else apart
-    layers = tuple(_layer(pair, found.precision) for pair in paired.values())
+    suspects = {one.name for one in _suspects(right, paired)} if error > limit else set()
+    # What agrees nowhere and yet leads to what does has no counterpart: it was folded away.
+    layers = tuple(
+        _layer(pair, found.precision)
+        for pair in paired.values()
+        if pair.good or pair.reference.name in suspects
+    )
     which = "99.9th percentile of" if apart is not None and found.precision == "int8" else "max"
     if error <= limit:
         text = (
