@@ -36,7 +36,7 @@ def test_the_digest_is_of_the_four_files_one_after_the_other(data):
 def test_images_are_whole_pixels_with_one_channel(data):
     splits = dataset.load(data)
 
-    assert splits.train.images.shape == (2_000, 28, 28, 1)
+    assert splits.train.images.shape == (6_000, 28, 28, 1)
     assert splits.test.images.dtype == splits.test.labels.dtype == np.uint8
     assert (splits.test.images.min(), splits.test.images.max()) == (0, 255)
     assert list(splits.test.labels[:4]) == [9, 2, 1, 1]  # ankle boot, pullover, two trousers

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import train
-from pipeline.config import TrainingConfig
+from pipeline import dataset, train
+from pipeline.config import DataConfig, TrainingConfig
 from pipeline.errors import ConfigError, TrainingError
 
 CONFIG = TrainingConfig(epochs=3, batch_rows=500)
@@ -37,6 +37,12 @@ train.fit(
 
 def weights(trained):
     return keras.models.load_model(trained.path).get_weights()
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Four steps an epoch, in the process that is killed as well."""
+    return dataset.prepare(DataConfig(max_train_rows=2_000))
 
 
 @pytest.fixture(scope="module")
