@@ -40,15 +40,15 @@ def weights(trained):
 
 
 @pytest.fixture(scope="module")
-def data():
+def few():
     """Four steps an epoch, in the process that is killed as well."""
     return dataset.prepare(DataConfig(max_train_rows=2_000))
 
 
 @pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
+def straight(few, tmp_path_factory):
     """The same training without an interruption."""
-    return train.fit(data, CONFIG, tmp_path_factory.mktemp("straight"))
+    return train.fit(few, CONFIG, tmp_path_factory.mktemp("straight"))
 
 
 def test_every_epoch_is_recorded_and_the_best_one_is_exported(straight):
@@ -67,11 +67,11 @@ def test_a_few_steps_on_real_images_beat_chance_by_far(straight):
     "step", [4, 7]
 )  # of four an epoch: at its end, before it is kept, and within
 def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(
-    data, straight, tmp_path, step
+    few, straight, tmp_path, step
 ):
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(step)]
     killed = subprocess.run(command, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}, check=False)
-    resumed = train.fit(data, CONFIG, tmp_path)
+    resumed = train.fit(few, CONFIG, tmp_path)
 
     assert killed.returncode == -signal.SIGKILL
     for expected, found in zip(weights(straight), weights(resumed), strict=True):
