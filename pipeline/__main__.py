@@ -127,7 +127,8 @@ def run(  # noqa: PLR0913  one parameter an option
         fail(f"{error}; start that Prefect server, or unset PREFECT_API_URL", status=1)
     except KeyboardInterrupt:
         fail(
-            "stopped; nothing was published, and the same command goes on after the last epoch",
+            "stopped; nothing was published unless the log says so, and the same command goes on "
+            "after the last epoch",
             status=130,
         )
     _show(Path(path), models, runs)
@@ -225,9 +226,8 @@ def check(  # noqa: PLR0913  one parameter an option
     """Say whether a bundle, or any pair of model files, still answers alike; for your CI.
 
     Ends with 0 if so, else with 1 and one sentence; with 2 if it was asked for what there is not.
-    A bundle: its digests, the labels in its
-    files, and the answers of every variant to its golden set, on this machine. A pair: every row
-    of --data.
+    A bundle: its digests, the labels in its files, and the answers of every variant to its golden
+    set, on this machine. A pair: every row of --data.
 
     Example: train-export check --bundle models/fashion-mnist/1
 
@@ -456,6 +456,8 @@ def _quietly() -> Iterator[None]:
         os.dup2(said.fileno(), 2)
         try:
             yield
+        except (PipelineError, ServiceError):  # says itself what is wrong
+            raise
         except BaseException:
             said.seek(0)
             os.write(kept, said.read())
