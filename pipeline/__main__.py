@@ -41,14 +41,13 @@ PREFECT = {
     "DO_NOT_TRACK": "1",
 }
 UNREACHABLE = "Failed to reach API at"  # how Prefect's client words it
-TOKEN = "SERVE_EXPORT_TOKEN"  # as serve-export's own commands  # noqa: S105
 GPU_DRIVER = Path("/dev/nvidiactl")
 UseTls = Annotated[bool, typer.Option("--tls", help="The server speaks TLS.")]
 TlsCa = Annotated[
     Path | None, typer.Option(help="The server speaks TLS; who may have signed for it, PEM.")
 ]
 TokenFile = Annotated[
-    Path | None, typer.Option(help=f"File with our token; or the variable {TOKEN}.")
+    Path | None, typer.Option(help="File with our token; or the variable SERVE_EXPORT_TOKEN.")
 ]
 
 
@@ -166,7 +165,7 @@ def promote(  # noqa: PLR0913  one parameter an option
         record = promote.promote(
             models / name / str(version),
             dataset.prepare(config.DataConfig(folder=data)),
-            [Endpoint(one, tls, tls_ca, token_file) for one in endpoint],
+            [Endpoint(one, tls, tls_ca, token_file=token_file) for one in endpoint],
         )
     except (PipelineError, ServiceError) as error:
         fail(str(error), status=1)
@@ -336,18 +335,15 @@ def shadow(  # noqa: PLR0913  one parameter an option
     rows: Annotated[
         int | None, typer.Option(min=1, help="End after so many rows, with a verdict.")
     ] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="The server speaks TLS.")] = False,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(help="Who signed its certificate, PEM; by default who the system trusts."),
-    ] = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
     tls_cert: Annotated[
         Path | None, typer.Option(help="Our own certificate, PEM, for a server that asks for one.")
     ] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The key of that certificate, PEM.")] = None,
     token_file: Annotated[
         Path | None,
-        typer.Option(help=f"File with an admin's token; or the variable {TOKEN}."),
+        typer.Option(help="File with an admin's token; or the variable SERVE_EXPORT_TOKEN."),
     ] = None,
 ) -> None:
     """Hold what a server answers its clients against the original, while it serves.
@@ -368,9 +364,10 @@ def shadow(  # noqa: PLR0913  one parameter an option
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
     try:
-        secured = tls or any((tls_ca, tls_cert, tls_key))
-        pems = (tls_ca, tls_cert, tls_key) if secured else None
-        with _client(endpoint, pems, token_file) as client:
+        from pipeline.endpoint import Endpoint  # noqa: PLC0415  gRPC: only for who asks
+
+        server = Endpoint(endpoint, tls, tls_ca, tls_cert, tls_key, token_file)
+        with server.connect(channels=1) as client:  # reports go to who has sampled the rows
             asked = {"model": model, "rows": rows}
             failure = _shadowed(client, endpoint, (original, models), asked)
     except (PipelineError, ServiceError, ValueError) as error:
@@ -381,21 +378,6 @@ def shadow(  # noqa: PLR0913  one parameter an option
         fail("stopped; what was read has been reported", status=130)
     if failure and rows is not None:
         fail(failure, status=1)
-
-
-def _client(
-    endpoint: str,
-    pems: tuple[Path | None, Path | None, Path | None] | None,
-    token_file: Path | None,
-) -> "Client":
-    """Return a client that shows what a secured server asks for."""
-    from service.client import Client, Tls  # noqa: PLC0415  gRPC: only for who asks
-
-    token = os.environ.get(TOKEN, "")
-    if token_file is not None:
-        token = next(iter(token_file.read_text().split()), "")  # one a line; ours is the first
-    tls = None if pems is None else Tls(ca=pems[0], certificate=pems[1], key=pems[2])
-    return Client(endpoint, tls=tls, token=token or None)
 
 
 def _shadowed(

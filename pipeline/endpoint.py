@@ -17,10 +17,15 @@ class Endpoint:
     address: str  # HOST:PORT
     tls: bool = False
     tls_ca: Path | None = None  # who may have signed its certificate; None: who the system trusts
+    tls_cert: Path | None = None  # our own, with its key, for a server that asks for one
+    tls_key: Path | None = None
     token_file: Path | None = None  # None: the variable SERVE_EXPORT_TOKEN, if it is set
 
-    def connect(self) -> Client:
+    def connect(self, channels: int = CHANNELS) -> Client:
         """Return a client.
+
+        Args:
+            channels: connections that its calls take turns on.
 
         Raises:
             OSError: the token's file cannot be read.
@@ -28,5 +33,7 @@ class Endpoint:
         """
         written = self.token_file.read_text() if self.token_file else os.environ.get(TOKEN, "")
         token = next(iter(written.split()), None)  # one a line; ours is the first
-        tls = Tls(ca=self.tls_ca) if self.tls or self.tls_ca else None
-        return Client(self.address, tls=tls, token=token, channels=CHANNELS)
+        pems = (self.tls_ca, self.tls_cert, self.tls_key)
+        secured = self.tls or any(pems)
+        tls = Tls(ca=pems[0], certificate=pems[1], key=pems[2]) if secured else None
+        return Client(self.address, tls=tls, token=token, channels=channels)
