@@ -102,7 +102,7 @@ def run(  # noqa: PLR0913  one parameter an option
     Example: train-export run --preset smoke --models /srv/models
     """
     try:
-        config.from_preset(preset, epochs=epochs, seed=seed)
+        config.build(preset, config.options(training__epochs=epochs, training__seed=seed))
         if data:
             dataset.verify_folder(data)  # now, not after half a minute of starting
         path = _flow(
@@ -164,7 +164,7 @@ def promote(  # noqa: PLR0913  one parameter an option
             from pipeline.endpoint import Endpoint  # noqa: PLC0415
         record = promote.promote(
             models / name / str(version),
-            dataset.prepare(config.DataConfig(folder=data)),
+            dataset.prepare(config.DataConfig(source=data)),
             [Endpoint(one, tls, tls_ca, token_file=token_file) for one in endpoint],
         )
     except (PipelineError, ServiceError) as error:

@@ -1,70 +1,129 @@
-"""Every setting of a run, one frozen dataclass a stage, and the presets made of them."""
+"""Every setting of a run, a frozen dataclass a stage: presets, then a file, then single values."""
 
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """Which images take part in what."""
+    """What is learnt from, and which rows take part in what."""
 
-    folder: Path | None = None  # None: look in the usual places
-    validation_share: float = 0.2  # of the training images, the same share of every class
-    split_seed: int = 42
-    max_train_rows: int | None = None  # None: all of them
+    __pydantic_config__ = STRICT
+
+    # What `source` is; auto: Fashion-MNIST without one, else as its name and content say.
+    kind: Literal["auto", "fashion-mnist", "idx", "npz", "pictures", "line"] = "auto"
+    source: Path | None = None  # a folder, or an .npz; None: look in the usual places
+    name: str | None = None  # of the data; None: as the source is called
+    size: tuple[Count, Count] | None = None  # (height, width) to bring pictures to; None: as found
+    colour: Literal["auto", "gray", "rgb"] = "auto"  # of pictures; auto: gray if all of them are
+    test_share: Share = 0.2  # of each class, where the source has no test rows of its own
+    validation_share: Share = 0.2  # of the training rows, the same share of every class
+    split_seed: Whole = 42
+    max_train_rows: Count | None = None  # None: all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """How training images are changed at random, anew in every epoch; never in what is exported."""
+
+    __pydantic_config__ = STRICT
+
+    shift: Share = 0.0  # at most this share of height and of width, each way
+    flip: bool = False  # left to right, every second image
+    rotate: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # at most this share of a turn, each way
+    zoom: Share = 0.0  # at most this share larger or smaller
+    erase: Share = 0.0  # at most this share of the image's area is replaced by noise
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
     """How the model is trained."""
 
-    architecture: str = "conv10-dropout"
-    epochs: int = 10
-    batch_rows: int = 128
-    learning_rate: float = 1e-3  # Adam's usual one
-    seed: int = 42
+    __pydantic_config__ = STRICT
+
+    architecture: str = "conv10-dropout"  # as `train-export models` lists them, or module:function
+    architecture_settings: dict[str, Any] = field(default_factory=dict)  # what that function takes
+    engine: Literal["fit", "tape"] = "fit"  # Keras' own loop, or ours with tf.GradientTape
+    epochs: Count = 10
+    batch_rows: Count = 128
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"
+    learning_rate: Positive = 1e-3  # Adam's usual one; the highest that `schedule` reaches
+    momentum: Share = 0.0  # of sgd and rmsprop
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine", "one-cycle"] = "constant"
+    warmup_share: Share = 0.0  # of all steps, in which the rate rises from 0
+    label_smoothing: Share = 0.0
+    ema: Share = 0.0  # share of the old in the moving average of weights; 0: none is kept
+    early_stopping: Whole = 0  # epochs without a lower validation loss that end it; 0: none do
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    steps_per_execution: Count = 1  # steps in one call of TensorFlow
+    xla: bool = False
+    mixed_precision: bool = False  # float16 between layers, on a GPU that computes in it
+    seed: Whole = 42
+    checkpoint_every_s: Positive = 300.0  # besides one at the end of every epoch
+    keep: Count = 2  # how many of the last checkpoints; the best one is kept besides
     fresh: bool = False  # forget the checkpoints of an earlier run of the same settings
+    tensorboard: bool = False  # write its logs into the run's folder
 
 
 @dataclass(frozen=True, slots=True)
 class GateConfig:
     """What a model must reach to be published."""
 
-    min_accuracy: float = 0.88  # on the test images; this network reaches 0.90 and more
+    __pydantic_config__ = STRICT
+
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.88  # on the test images
+    max_loss: Positive | None = None  # on the test rows; None: any
+    champion: bool = True  # refuse what is less accurate than the version that `champion` names
+    champion_p: Annotated[float, Field(gt=0, lt=1)] = 0.05  # McNemar's p from which on it is chance
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """Which variants there must be, and which is served."""
+
+    __pydantic_config__ = STRICT
+
+    serve: str = "onnx-float32"  # an ONNX variant; best: the fastest one that passed, measured here
+    required: tuple[str, ...] = ()  # variants without which nothing is published, besides float32
 
 
 @dataclass(frozen=True, slots=True)
 class PublishConfig:
     """Where bundles go."""
 
+    __pydantic_config__ = STRICT
+
     models: Path = Path("models")
-    name: str = "fashion-mnist"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "fashion-mnist"
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """One run, whole."""
 
+    __pydantic_config__ = STRICT
+
     preset: str
     runs: Path = Path("runs")  # checkpoints and exports, a folder for each set of settings
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     publishing: PublishConfig = field(default_factory=PublishConfig)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before any work is done."""
-        checks = (
-            ("epochs", self.training.epochs, 1),
-            ("batch_rows", self.training.batch_rows, 1),
-            ("seed", self.training.seed, 0),
-        )
-        for name, value, smallest in checks:
-            if value < smallest:
-                raise ConfigError(f"{name} is {value}, expected {smallest} or more")
 
 
 def smoke() -> Config:
@@ -79,43 +138,110 @@ def smoke() -> Config:
 
 
 def quick() -> Config:
-    """Minutes on two cores: the textbook network on all images."""
+    """Minutes on two cores: a small network on all images."""
     return Config(preset="quick")
 
 
 PRESETS: dict[str, Callable[[], Config]] = {"smoke": smoke, "quick": quick}
+Tables = Mapping[str, Any]  # as TOML has them: a table a stage, its keys the fields
+SCHEMA = TypeAdapter(Config)
 
 
-def from_preset(  # noqa: PLR0913  one argument an option of the command line
-    preset: str,
-    *,
-    data: Path | None = None,
-    models: Path | None = None,
-    runs: Path | None = None,
-    epochs: int | None = None,
-    seed: int | None = None,
-    fresh: bool = False,
-) -> Config:
-    """Return a preset with the given settings changed; None leaves the preset's own.
+def build(preset: str, *layers: Tables) -> Config:
+    """Return a preset with settings changed, each layer over the ones before.
+
+    Args:
+        preset: one of `PRESETS`.
+        layers: tables named as the fields of `Config`, such as {"training": {"epochs": 2}};
+            paths in them are relative to the current folder.
 
     Raises:
-        ConfigError: there is no such preset, or a value cannot work.
+        ConfigError: there is no such preset or setting, or a value cannot work.
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
-    config = PRESETS[preset]()
-    training = replace(
-        config.training,
-        epochs=config.training.epochs if epochs is None else epochs,
-        seed=config.training.seed if seed is None else seed,
-        fresh=fresh,
-    )
+    merged: dict[str, Any] = SCHEMA.dump_python(PRESETS[preset]())
+    for layer in layers:
+        _merge(merged, layer)
+    try:
+        config = SCHEMA.validate_python(merged)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+    source = config.data.source
     return replace(
         config,
-        runs=(runs or config.runs).absolute(),
-        data=replace(config.data, folder=data),
-        training=training,
-        publishing=replace(
-            config.publishing, models=(models or config.publishing.models).absolute()
-        ),
+        runs=config.runs.absolute(),
+        data=replace(config.data, source=source.absolute() if source else None),
+        publishing=replace(config.publishing, models=config.publishing.models.absolute()),
     )
+
+
+def options(**values: Any) -> dict[str, Any]:  # noqa: ANN401  what settings are
+    """Return single settings as tables, those that are not None.
+
+    Args:
+        values: named SECTION__NAME, or NAME for what belongs to no section.
+    """
+    tables: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is not None:
+            section, _, inner = name.rpartition("__")
+            (tables.setdefault(section, {}) if section else tables)[inner] = value
+    return tables
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read settings from a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+
+
+def single(assignment: str) -> dict[str, Any]:
+    """Read one setting, as training.epochs=2, into the tables that TOML has for it.
+
+    A value that is no TOML is a string.
+
+    Raises:
+        ConfigError: it has no =.
+    """
+    name, equals, value = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"{assignment!r} has no =, expected SECTION.NAME=VALUE")
+    try:
+        found = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        found = value
+    tables: Any = found
+    for part in reversed(name.strip().split(".")):
+        tables = {part: tables}
+    return dict(tables)
+
+
+def as_tables(config: Config) -> dict[str, Any]:
+    """Return a configuration as JSON can hold it; `build` takes it back."""
+    tables: dict[str, Any] = SCHEMA.dump_python(config, mode="json")
+    return tables
+
+
+def _merge(into: dict[str, Any], tables: Tables) -> None:
+    for name, value in tables.items():
+        inner = into.get(name)
+        if isinstance(inner, dict) and isinstance(value, Mapping):
+            _merge(inner, value)
+        else:
+            into[name] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return what is wrong with the first setting that is."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        return f"there is no setting {name}; see docs/training.md for those there are"
+    return f"{name} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -61,10 +62,15 @@ Source = tuple[str, Callable[[], Files]]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Images uint8 (rows, 28, 28, 1), values 0 to 255, and labels uint8 (rows,)."""
+    """What goes in and what should come out, row by row.
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
+    For a classifier inputs are images, uint8 (rows, height, width, channels) with values 0 to 255,
+    and targets are classes, whole numbers (rows,). Else inputs are float32 (rows, …) and targets
+    float32 (rows, …).
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +93,8 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
         DatasetError: no source has them, or the folder of `config` has other files than these.
     """
     folder = (cache or platformdirs.user_cache_path("train-export")) / NAME
-    if config.folder is not None:
-        _keep(read_folder(config.folder), folder)
+    if config.source is not None:
+        _keep(read_folder(config.source), folder)
     elif not is_cached(folder):
         find(folder, _sources())
     labels = _labels((folder / "train-labels-idx1-ubyte").read_bytes())
@@ -148,9 +154,9 @@ def write_examples(dataset: Dataset, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     test = load(dataset).test
     for index, label in enumerate(dataset.labels):
-        first = int(np.flatnonzero(test.labels == index)[0])
+        first = int(np.flatnonzero(test.targets == index)[0])
         name = re.sub("[^a-z]+", "-", label.lower())
-        Image.fromarray(test.images[first, ..., 0]).save(folder / f"{name}.png")
+        Image.fromarray(test.inputs[first, ..., 0]).save(folder / f"{name}.png")
     return folder
 
 

@@ -26,22 +26,22 @@ def score(trained: Trained, data: Dataset, gate: GateConfig) -> Scores:
     device.prepare()
     model = keras.models.load_model(trained.path)
     test = dataset.load(data).test
-    model.predict(test.images[:BATCH_ROWS], batch_size=BATCH_ROWS, verbose=0)  # traces
+    model.predict(test.inputs[:BATCH_ROWS], batch_size=BATCH_ROWS, verbose=0)  # traces
     _check_averages(model, trained)
     started_s = time.monotonic()
-    logits = model.predict(test.images, batch_size=BATCH_ROWS, verbose=0)
+    logits = model.predict(test.inputs, batch_size=BATCH_ROWS, verbose=0)
     seconds = time.monotonic() - started_s
-    confusion = confusion_matrix(test.labels, logits.argmax(axis=1), len(data.labels))
+    confusion = confusion_matrix(test.targets, logits.argmax(axis=1), len(data.labels))
     scores = Scores(
         correct=int(np.trace(confusion)),
-        rows=len(test.labels),
-        loss=cross_entropy(logits, test.labels),
+        rows=len(test.targets),
+        loss=cross_entropy(logits, test.targets),
         classes=tuple(
             _class_score(label, index, confusion) for index, label in enumerate(data.labels)
         ),
         confusion=tuple(tuple(map(int, row)) for row in confusion),
         sha256=bundle.file_sha256(trained.path),
-        images_per_second=len(test.images) / seconds,
+        images_per_second=len(test.inputs) / seconds,
         batch_rows=BATCH_ROWS,
     )
     log.info("test accuracy %.2f %%, loss %.4f", 100 * scores.accuracy, scores.loss)

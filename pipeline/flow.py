@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -42,6 +42,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     epochs: int | None = None,
     seed: int | None = None,
     fresh: bool = False,
+    settings: dict[str, Any] | None = None,
     endpoints: list[str] | None = None,
     tls_ca: str | None = None,
 ) -> str:
@@ -55,6 +56,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         epochs: instead of the preset's.
         seed: instead of the preset's.
         fresh: train anew even where checkpoints of the same settings are found.
+        settings: any other ones over the preset's, as tables: {"training": {"engine": "tape"}}.
         endpoints: HOST:PORT of what serves `models`; asked before `champion` moves there. A token
             is taken from the variable SERVE_EXPORT_TOKEN, and never shown.
         tls_ca: PEM of who may have signed for the endpoints, which then speak TLS.
@@ -63,32 +65,35 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         The path of the published bundle.
     """
     given = data or os.environ.get("TRAIN_EXPORT_DATA")
-    settings = config.from_preset(
+    chosen = config.build(
         preset,
-        data=Path(given) if given else None,
-        models=Path(models),
-        runs=Path(runs),
-        epochs=epochs,
-        seed=seed,
-        fresh=fresh,
+        settings or {},
+        config.options(
+            runs=runs,
+            data__source=given,
+            training__epochs=epochs,
+            training__seed=seed,
+            training__fresh=fresh or None,
+            publishing__models=models,
+        ),
     )
     run_id = str(flow_run.id)
-    prepared = stage(dataset.prepare)(settings.data)
-    stage(dataset.write_examples)(prepared, settings.runs / "examples")
-    folder = train.run_folder(settings.runs, preset, prepared, settings.training)
+    prepared = stage(dataset.prepare)(chosen.data)
+    stage(dataset.write_examples)(prepared, chosen.runs / "examples")
+    folder = train.run_folder(chosen.runs, preset, prepared, chosen.training)
     with (
         files.locked(folder / "lock", wait=False),
-        publish.staging(settings.publishing) as hidden,
+        publish.staging(chosen.publishing) as hidden,
     ):
-        trained = stage(train.fit)(prepared, settings.training, folder)
-        scores = stage(evaluate.score)(trained, prepared, settings.gate)
+        trained = stage(train.fit)(prepared, chosen.training, folder)
+        scores = stage(evaluate.score)(trained, prepared, chosen.gate)
         exports = stage(export.convert)(trained, prepared, folder / "exports", run_id)
         checked = stage(parity.check)(trained, exports, prepared, folder / "parity", scores)
         staged = stage(publish.stage)(
-            hidden, run_id, settings, prepared, trained, scores, exports, checked
+            hidden, run_id, chosen, prepared, trained, scores, exports, checked
         )
         served = stage(verify.ask)(staged, checked, prepared, folder / "parity")
-        published = stage(publish.publish)(staged, served, settings.publishing)
+        published = stage(publish.publish)(staged, served, chosen.publishing)
     create_markdown_artifact(
         report.markdown(bundle.read_manifest(published.path), published.path),
         key="bundle",

@@ -122,14 +122,14 @@ def check(
 def questions(trained: Trained, data: Dataset) -> Questions:
     """Ask the original about every test image and the hostile ones."""
     test = dataset.load(data).test
-    hostile = hostile_images(test.images.shape[1:])
+    hostile = hostile_images(test.inputs.shape[1:])
     original = keras.models.load_model(trained.path)
     return Questions(
-        images=test.images,
-        labels=test.labels,
+        images=test.inputs,
+        labels=test.targets,
         class_names=data.labels,
         hostile=hostile,
-        reference=original.predict(test.images, batch_size=BATCH_ROWS, verbose=0),
+        reference=original.predict(test.inputs, batch_size=BATCH_ROWS, verbose=0),
         hostile_reference=original.predict(hostile, batch_size=BATCH_ROWS, verbose=0),
     )
 

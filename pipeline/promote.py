@@ -85,7 +85,7 @@ def promote(
             "with --data"
         )
     test = dataset.load(data).test
-    reference = open_model(path / ORIGINAL).run(test.images)[LOGITS].astype(np.float32, copy=False)
+    reference = open_model(path / ORIGINAL).run(test.inputs)[LOGITS].astype(np.float32, copy=False)
     with files.locked(home / LOCK, wait=False), _candidate(home, number) as before:
         measured, failures = [], []
         for endpoint in endpoints:
@@ -214,9 +214,9 @@ def _ask(
         checks = [client.parity(name, number).versions[0].self_check for _ in range(CHANNELS)]
         if wrong:
             return Measured(address, bundle_pb2.ParityReport(failure=wrong[0]), checks[0])
-        logits = _logits(client, address, name, number, test.images)
+        logits = _logits(client, address, name, number, test.inputs)
     report = agreement.compare(
-        reference, logits, test.labels, allowed=_budget(manifest),
+        reference, logits, test.targets, allowed=_budget(manifest),
         class_names=list(manifest.labels),
     )  # fmt: skip
     report.variant, report.path = "served", bundle.MODEL

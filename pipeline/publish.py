@@ -184,15 +184,15 @@ def _write_golden(path: Path, data: Dataset, checked: Checked) -> None:
     test = dataset.load(data).test
     rows = np.concatenate(
         [
-            np.flatnonzero(test.labels == label)[:GOLDEN_ROWS_PER_CLASS]
+            np.flatnonzero(test.targets == label)[:GOLDEN_ROWS_PER_CLASS]
             for label in range(len(data.labels))
         ]
     )
     with np.load(checked.answers, allow_pickle=False) as answers:
         np.savez_compressed(
             path,
-            images=test.images[rows],
-            labels=test.labels[rows].astype(np.int64),
+            images=test.inputs[rows],
+            labels=test.targets[rows].astype(np.int64),
             logits=answers["reference"][rows],
             hostile_images=answers["hostile_images"],
             hostile_logits=answers["hostile_reference"],
@@ -220,7 +220,7 @@ def _manifest(
     checked: Checked,
 ) -> bundle_pb2.BundleManifest:
     classes = len(data.labels)
-    images = dataset.load(data).test.images
+    images = dataset.load(data).test.inputs
     return bundle_pb2.BundleManifest(
         format=bundle.FORMAT,
         kind=bundle_pb2.KIND_CLASSIFIER,

@@ -11,18 +11,28 @@ class Dataset:
     name: str
     folder: Path  # of the four decompressed IDX files
     sha256: str  # of the four, one after the other
-    license: str  # SPDX name
-    labels: tuple[str, ...]
+    license: str  # SPDX name; empty where nobody said
+    labels: tuple[str, ...]  # of the classes; empty: targets are numbers to come close to
     train_rows: int
     validation_rows: int
     test_rows: int
     validation_share: float
     split_seed: int
+    findings: tuple[str, ...] = ()  # what was noticed before training, a sentence each
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a model of these data names classes; else it is of the kind `generic`."""
+        return bool(self.labels)
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What one epoch came to; `number` starts at 1, losses are mean cross-entropies in nats."""
+    """What one epoch came to; `number` starts at 1.
+
+    Losses are means over the rows: cross-entropies in nats, or squared errors where the model does
+    not classify; accuracies are 0 then.
+    """
 
     number: int
     loss: float
@@ -43,6 +53,7 @@ class Trained:
     device: str
     history: tuple[Epoch, ...]
     best_epoch: int  # the one with the lowest validation loss
+    multiply_adds: int = 0  # of one row through the network
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +65,59 @@ class ClassScore:
     recall: float
     rows: int
 
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall; 0 where both are."""
+        both = self.precision + self.recall
+        return 2 * self.precision * self.recall / both if both else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A test row that was given another class than its own."""
+
+    row: int
+    label: str
+    predicted: str
+    probability: float  # of `predicted`
+
+
+@dataclass(frozen=True, slots=True)
+class Confused:
+    """How often one class was taken for another."""
+
+    label: str
+    predicted: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The new model beside the champion, on the same test rows."""
+
+    version: int  # of the champion
+    correct: int  # of the champion
+    only_new: int  # rows that only the new one gets right
+    only_champion: int
+    mcnemar_p: float  # that both are equally accurate
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The original model on the test images."""
+    """The original model on the test rows."""
 
-    correct: int
+    correct: int  # 0 of a model that does not classify
     rows: int
-    loss: float
+    loss: float  # mean cross-entropy in nats, or mean squared error
     classes: tuple[ClassScore, ...]
     confusion: tuple[tuple[int, ...], ...]  # one row a true class
     sha256: str  # of the .keras file that was scored
     images_per_second: float
     batch_rows: int
+    calibration_error: float = 0.0  # expected, over 15 bins of equal width
+    hardest: tuple[Mistake, ...] = ()  # the most confident ones first
+    confused: tuple[Confused, ...] = ()  # the most frequent ones first
+    champion: Comparison | None = None
 
     @property
     def accuracy(self) -> float:

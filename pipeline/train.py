@@ -102,7 +102,7 @@ def run_folder(runs: Path, preset: str, data: Dataset, config: TrainingConfig) -
 
 
 def _fresh(data: Dataset, config: TrainingConfig) -> keras.Model:
-    shape = dataset.load(data).train.images.shape[1:]
+    shape = dataset.load(data).train.inputs.shape[1:]
     model = models.build(config.architecture, shape, len(data.labels))
     model.compile(
         optimizer=keras.optimizers.Adam(config.learning_rate),
@@ -126,7 +126,7 @@ def _fit(
 ) -> tuple[Epoch, ...]:
     splits = dataset.load(data)
     done = len(history)
-    steps = -(-len(splits.train.images) // config.batch_rows)
+    steps = -(-len(splits.train.inputs) // config.batch_rows)
     keeper = _Keeper(folder, history, config.epochs)
     with _progress() as progress:
         model.fit(
@@ -134,7 +134,7 @@ def _fit(
             epochs=config.epochs,
             initial_epoch=done,
             steps_per_epoch=steps,
-            validation_data=(splits.validation.images, splits.validation.labels),
+            validation_data=(splits.validation.inputs, splits.validation.targets),
             validation_batch_size=VALIDATION_BATCH_ROWS,
             shuffle=False,
             verbose=0,
@@ -145,11 +145,11 @@ def _fit(
 
 def _batches(split: dataset.Split, config: TrainingConfig, done: int) -> tf.data.Dataset:
     """Return the batches of every epoch still to come, in an order set by (seed, epoch)."""
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    images, labels = tf.constant(split.inputs), tf.constant(split.targets)
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
         order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(split.images)), seed=[config.seed, number]
+            tf.range(len(split.inputs)), seed=[config.seed, number]
         )
         return tf.data.Dataset.from_tensor_slices(order).batch(config.batch_rows)
 

@@ -55,12 +55,12 @@ def ask(staged: Staged, checked: Checked, data: Dataset, folder: Path) -> Path:
     with np.load(checked.answers, allow_pickle=False) as answers:
         reference, unserved = answers["reference"], answers[checked.served_variant]
     with server(staged.repository) as address:
-        log.info("asking the server on %s for %d images", address, len(test.images))
-        logits, seconds = _predict(address, staged, test.images)
+        log.info("asking the server on %s for %d images", address, len(test.inputs))
+        logits, seconds = _predict(address, staged, test.inputs)
     report = agreement.compare(
         reference,
         logits,
-        test.labels,
+        test.targets,
         allowed=agreement.Budget(checked.precision, checked.scale),
         class_names=list(data.labels),
     )

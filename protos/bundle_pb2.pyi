@@ -250,16 +250,21 @@ class Dataset(_message.Message):
     VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
     TEST_ROWS_FIELD_NUMBER: _builtins.int
     SPLIT_SEED_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     sha256: _builtins.str
-    """Of the four decompressed IDX files, one after the other: train images, train labels, test
-    images, test labels.
+    """Of its four decompressed IDX files, one after the other: train inputs, train targets, test
+    inputs, test targets.
     """
     train_rows: _builtins.int
     validation_rows: _builtins.int
     test_rows: _builtins.int
     split_seed: _builtins.int
     """Of the split between train and validation."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was noticed before training, a sentence each, such as images that are in two splits."""
+
     def __init__(
         self,
         *,
@@ -269,10 +274,11 @@ class Dataset(_message.Message):
         validation_rows: _builtins.int = ...,
         test_rows: _builtins.int = ...,
         split_seed: _builtins.int = ...,
+        findings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "split_seed", b"split_seed", "test_rows", b"test_rows", "train_rows", b"train_rows", "validation_rows", b"validation_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "name", b"name", "sha256", b"sha256", "split_seed", b"split_seed", "test_rows", b"test_rows", "train_rows", b"train_rows", "validation_rows", b"validation_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -326,6 +332,8 @@ class Training(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
     BEST_EPOCH_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    MULTIPLY_ADDS_FIELD_NUMBER: _builtins.int
     preset: _builtins.str
     architecture: _builtins.str
     parameters: _builtins.int
@@ -337,6 +345,10 @@ class Training(_message.Message):
     """What TensorFlow computed on: CPU, or the name of the GPU."""
     best_epoch: _builtins.int
     """The epoch whose weights were exported: the one with the lowest validation loss."""
+    config: _builtins.str
+    """Every setting of the run, as JSON."""
+    multiply_adds: _builtins.float
+    """Of one row through the network."""
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___Training.Epoch]: ...
     def __init__(
@@ -352,10 +364,12 @@ class Training(_message.Message):
         device: _builtins.str = ...,
         history: _abc.Iterable[Global___Training.Epoch] | None = ...,
         best_epoch: _builtins.int = ...,
+        config: _builtins.str = ...,
+        multiply_adds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "batch_rows", b"batch_rows", "best_epoch", b"best_epoch", "device", b"device", "history", b"history", "learning_rate", b"learning_rate", "optimizer", b"optimizer", "parameters", b"parameters", "preset", b"preset", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "batch_rows", b"batch_rows", "best_epoch", b"best_epoch", "config", b"config", "device", b"device", "history", b"history", "learning_rate", b"learning_rate", "multiply_adds", b"multiply_adds", "optimizer", b"optimizer", "parameters", b"parameters", "preset", b"preset", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -375,11 +389,14 @@ class Evaluation(_message.Message):
         PRECISION_FIELD_NUMBER: _builtins.int
         RECALL_FIELD_NUMBER: _builtins.int
         ROWS_FIELD_NUMBER: _builtins.int
+        F1_FIELD_NUMBER: _builtins.int
         label: _builtins.str
         precision: _builtins.float
         recall: _builtins.float
         rows: _builtins.int
         """Test images of this class."""
+        f1: _builtins.float
+        """Harmonic mean of precision and recall."""
         def __init__(
             self,
             *,
@@ -387,10 +404,98 @@ class Evaluation(_message.Message):
             precision: _builtins.float = ...,
             recall: _builtins.float = ...,
             rows: _builtins.int = ...,
+            f1: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "precision", b"precision", "recall", b"recall", "rows", b"rows"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["f1", b"f1", "label", b"label", "precision", b"precision", "recall", b"recall", "rows", b"rows"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Mistake(_message.Message):
+        """A test row that was given another class than its own, and with confidence."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROW_FIELD_NUMBER: _builtins.int
+        LABEL_FIELD_NUMBER: _builtins.int
+        PREDICTED_FIELD_NUMBER: _builtins.int
+        PROBABILITY_FIELD_NUMBER: _builtins.int
+        row: _builtins.int
+        label: _builtins.str
+        predicted: _builtins.str
+        probability: _builtins.float
+        """Probability of `predicted`."""
+        def __init__(
+            self,
+            *,
+            row: _builtins.int = ...,
+            label: _builtins.str = ...,
+            predicted: _builtins.str = ...,
+            probability: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "predicted", b"predicted", "probability", b"probability", "row", b"row"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Confused(_message.Message):
+        """How often one class was taken for another."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LABEL_FIELD_NUMBER: _builtins.int
+        PREDICTED_FIELD_NUMBER: _builtins.int
+        ROWS_FIELD_NUMBER: _builtins.int
+        label: _builtins.str
+        predicted: _builtins.str
+        rows: _builtins.int
+        def __init__(
+            self,
+            *,
+            label: _builtins.str = ...,
+            predicted: _builtins.str = ...,
+            rows: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "predicted", b"predicted", "rows", b"rows"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Champion(_message.Message):
+        """Against the version that was champion before, on the same test rows."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        VERSION_FIELD_NUMBER: _builtins.int
+        CORRECT_FIELD_NUMBER: _builtins.int
+        ONLY_NEW_FIELD_NUMBER: _builtins.int
+        ONLY_CHAMPION_FIELD_NUMBER: _builtins.int
+        MCNEMAR_P_FIELD_NUMBER: _builtins.int
+        version: _builtins.int
+        correct: _builtins.int
+        only_new: _builtins.int
+        """Rows that only the new one, and only the champion, gets right."""
+        only_champion: _builtins.int
+        mcnemar_p: _builtins.float
+        """McNemar's exact test that both are equally accurate."""
+        def __init__(
+            self,
+            *,
+            version: _builtins.int = ...,
+            correct: _builtins.int = ...,
+            only_new: _builtins.int = ...,
+            only_champion: _builtins.int = ...,
+            mcnemar_p: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["correct", b"correct", "mcnemar_p", b"mcnemar_p", "only_champion", b"only_champion", "only_new", b"only_new", "version", b"version"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -422,8 +527,12 @@ class Evaluation(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     IMAGES_PER_SECOND_FIELD_NUMBER: _builtins.int
     BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_ERROR_FIELD_NUMBER: _builtins.int
+    HARDEST_FIELD_NUMBER: _builtins.int
+    CONFUSED_FIELD_NUMBER: _builtins.int
+    CHAMPION_FIELD_NUMBER: _builtins.int
     loss: _builtins.float
-    """Mean cross-entropy, in nats."""
+    """Mean cross-entropy in nats; mean squared error of a KIND_GENERIC model."""
     min_accuracy: _builtins.float
     """Below this accuracy nothing is published."""
     size_bytes: _builtins.int
@@ -431,6 +540,8 @@ class Evaluation(_message.Message):
     images_per_second: _builtins.float
     batch_rows: _builtins.int
     """Images in one call when images_per_second was measured."""
+    calibration_error: _builtins.float
+    """Expected calibration error over 15 bins of equal width (Guo et al., 2017)."""
     @_builtins.property
     def accuracy(self) -> Global___Accuracy: ...
     @_builtins.property
@@ -438,6 +549,18 @@ class Evaluation(_message.Message):
     @_builtins.property
     def confusion(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evaluation.ConfusionRow]:
         """One row a true class."""
+
+    @_builtins.property
+    def hardest(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evaluation.Mistake]:
+        """The most confident ones first."""
+
+    @_builtins.property
+    def confused(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evaluation.Confused]:
+        """The most frequent ones first."""
+
+    @_builtins.property
+    def champion(self) -> Global___Evaluation.Champion:
+        """Unset where there was no champion, or it is not to be compared with."""
 
     def __init__(
         self,
@@ -450,10 +573,14 @@ class Evaluation(_message.Message):
         size_bytes: _builtins.int = ...,
         images_per_second: _builtins.float = ...,
         batch_rows: _builtins.int = ...,
+        calibration_error: _builtins.float = ...,
+        hardest: _abc.Iterable[Global___Evaluation.Mistake] | None = ...,
+        confused: _abc.Iterable[Global___Evaluation.Confused] | None = ...,
+        champion: Global___Evaluation.Champion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "champion", b"champion"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "batch_rows", b"batch_rows", "classes", b"classes", "confusion", b"confusion", "images_per_second", b"images_per_second", "loss", b"loss", "min_accuracy", b"min_accuracy", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "batch_rows", b"batch_rows", "calibration_error", b"calibration_error", "champion", b"champion", "classes", b"classes", "confused", b"confused", "confusion", b"confusion", "hardest", b"hardest", "images_per_second", b"images_per_second", "loss", b"loss", "min_accuracy", b"min_accuracy", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -518,6 +645,9 @@ class ParityReport(_message.Message):
     BATCH_ROWS_FIELD_NUMBER: _builtins.int
     PASSED_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    PEAK_RSS_KIB_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
     variant: _builtins.str
     """onnx-float32, tflite-float32, saved_model, served, self-check."""
     runtime: _builtins.str
@@ -541,6 +671,10 @@ class ParityReport(_message.Message):
     passed: _builtins.bool
     failure: _builtins.str
     """Why it did not pass; unset otherwise."""
+    load_seconds: _builtins.float
+    """From the file to the first answer, in a process of its own."""
+    peak_rss_kib: _builtins.int
+    """Of that process, at its highest."""
     @_builtins.property
     def budget(self) -> Global___Budget: ...
     @_builtins.property
@@ -557,6 +691,8 @@ class ParityReport(_message.Message):
     def hostile(self) -> Global___Hostile:
         """All-zero, all-255, checkerboard and noise images, in batches of odd sizes."""
 
+    @_builtins.property
+    def latencies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Latency]: ...
     def __init__(
         self,
         *,
@@ -580,14 +716,44 @@ class ParityReport(_message.Message):
         batch_rows: _builtins.int = ...,
         passed: _builtins.bool = ...,
         failure: _builtins.str = ...,
+        load_seconds: _builtins.float = ...,
+        peak_rss_kib: _builtins.int = ...,
+        latencies: _abc.Iterable[Global___Latency] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "budget", b"budget", "hostile", b"hostile", "logits", b"logits", "probabilities", b"probabilities", "reference_accuracy", b"reference_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "agreement", b"agreement", "batch_rows", b"batch_rows", "budget", b"budget", "classes", b"classes", "failure", b"failure", "flips_explained", b"flips_explained", "flips_unexplained", b"flips_unexplained", "hostile", b"hostile", "images_per_second", b"images_per_second", "kl_divergence", b"kl_divergence", "logits", b"logits", "mcnemar_p", b"mcnemar_p", "passed", b"passed", "path", b"path", "probabilities", b"probabilities", "reference_accuracy", b"reference_accuracy", "runtime", b"runtime", "size_bytes", b"size_bytes", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "agreement", b"agreement", "batch_rows", b"batch_rows", "budget", b"budget", "classes", b"classes", "failure", b"failure", "flips_explained", b"flips_explained", "flips_unexplained", b"flips_unexplained", "hostile", b"hostile", "images_per_second", b"images_per_second", "kl_divergence", b"kl_divergence", "latencies", b"latencies", "load_seconds", b"load_seconds", "logits", b"logits", "mcnemar_p", b"mcnemar_p", "passed", b"passed", "path", b"path", "peak_rss_kib", b"peak_rss_kib", "probabilities", b"probabilities", "reference_accuracy", b"reference_accuracy", "runtime", b"runtime", "size_bytes", b"size_bytes", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ParityReport: _TypeAlias = ParityReport  # noqa: Y015
+
+@_typing.final
+class Latency(_message.Message):
+    """How long one call takes that has so many rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    P50_SECONDS_FIELD_NUMBER: _builtins.int
+    P99_SECONDS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    p50_seconds: _builtins.float
+    p99_seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        p50_seconds: _builtins.float = ...,
+        p99_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["p50_seconds", b"p50_seconds", "p99_seconds", b"p99_seconds", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Latency: _TypeAlias = Latency  # noqa: Y015
 
 @_typing.final
 class Budget(_message.Message):

@@ -30,11 +30,11 @@ def choose(data: Dataset) -> Calibration:
     The same data always give the same images.
     """
     train = dataset.load(data).train
-    classes = [np.flatnonzero(train.labels == label) for label in range(len(data.labels))]
+    classes = [np.flatnonzero(train.targets == label) for label in range(len(data.labels))]
     count = min(ROWS_PER_CLASS, *map(len, classes))
     random = np.random.default_rng(SEED)
     rows = np.sort(np.concatenate([random.permutation(mine)[:count] for mine in classes]))
-    images = np.ascontiguousarray(train.images[rows])
+    images = np.ascontiguousarray(train.inputs[rows])
     return Calibration(images, rows, hashlib.sha256(images.tobytes()).hexdigest())
 
 

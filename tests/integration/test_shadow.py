@@ -89,7 +89,7 @@ def published(environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images():
-    return dataset.load(dataset.prepare(DataConfig())).test.images
+    return dataset.load(dataset.prepare(DataConfig())).test.inputs
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+import json
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -7,37 +9,108 @@ from pipeline.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", config.PRESETS)
-def test_a_preset_carries_its_name(name):
-    assert config.from_preset(name).preset == name
+def test_every_preset_can_be_built_and_says_its_name(name):
+    assert config.build(name).preset == name
 
 
-def test_only_what_is_named_differs_from_the_preset():
-    changed = config.from_preset("quick", epochs=3, seed=7)
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_a_configuration_survives_json(name):
+    built = config.build(name)
+    tables = json.loads(json.dumps(config.as_tables(built)))
 
-    assert (changed.training.epochs, changed.training.seed) == (3, 7)
-    assert changed.training.batch_rows == config.quick().training.batch_rows
-    assert changed.gate == config.quick().gate
+    assert config.build(tables.pop("preset"), tables) == built
 
 
-def test_folders_do_not_depend_on_where_a_later_stage_runs():
-    settings = config.from_preset("smoke", models=Path("models"), runs=Path("runs"))
+def test_later_layers_win_and_the_rest_stays_the_presets():
+    built = config.build(
+        "quick",
+        {"training": {"epochs": 3, "seed": 7, "augmentation": {"flip": True}}},
+        config.options(training__seed=8, runs="elsewhere", data__source=None),
+    )
 
-    assert settings.publishing.models.is_absolute()
-    assert settings.runs.is_absolute()
+    assert (built.training.epochs, built.training.seed) == (3, 8)
+    assert built.training.augmentation.flip
+    assert built.training.optimizer == config.PRESETS["quick"]().training.optimizer
+    assert built.runs == Path("elsewhere").absolute()
+
+
+def test_paths_are_absolute_so_that_a_worker_elsewhere_finds_them():
+    built = config.build("smoke", {"data": {"source": "here"}})
+
+    assert all(
+        path.is_absolute() for path in (built.runs, built.publishing.models, built.data.source)
+    )
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        config.build("smoke").training.epochs = 3  # type: ignore[misc]
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="preset is 'huge', expected one of smoke, quick"):
-        config.from_preset("huge")
+        config.build("huge")
 
 
-@pytest.mark.parametrize(("setting", "value"), [("epochs", 0), ("epochs", -1), ("seed", -1)])
-def test_a_number_out_of_range_is_refused_by_name(setting, value):
-    with pytest.raises(ConfigError, match=f"{setting} is {value}, expected"):
-        config.from_preset("quick", **{setting: value})
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("training.epochs=0", "training.epochs is 0: input should be greater than or equal to 1"),
+        ("training.seed=-1", "training.seed is -1: input should be greater than or equal to 0"),
+        ("training.epoch=2", "there is no setting training.epoch; see docs/training.md"),
+        ("training.engine=keras", "training.engine is 'keras': input should be 'fit' or 'tape'"),
+        ("training.ema=1.0", "training.ema is 1.0: input should be less than 1"),
+        ("data.size=[0, 1]", "data.size.0 is 0: input should be greater than or equal to 1"),
+        ("publishing.name=../x", "publishing.name is '../x': string should match"),
+        ("speed=3", "there is no setting speed"),
+        ("training=3", "training is 3: "),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_name(assignment, sentence):
+    with pytest.raises(ConfigError) as refused:
+        config.build("quick", config.single(assignment))
+
+    assert str(refused.value).startswith(sentence)
 
 
-def test_the_smallest_numbers_in_range_are_taken():
-    settings = config.from_preset("quick", epochs=1, seed=0)
+@pytest.mark.parametrize(
+    ("assignment", "tables"),
+    [
+        ("training.epochs=2", {"training": {"epochs": 2}}),
+        ("training.augmentation.shift=0.1", {"training": {"augmentation": {"shift": 0.1}}}),
+        ("training.engine=tape", {"training": {"engine": "tape"}}),
+        ("training.engine='tape'", {"training": {"engine": "tape"}}),
+        ("data.size=[28, 28]", {"data": {"size": [28, 28]}}),
+        ("gate.champion=false", {"gate": {"champion": False}}),
+        ("data.name=a=b", {"data": {"name": "a=b"}}),
+    ],
+)
+def test_one_setting_is_read_as_a_file_would_say_it(assignment, tables):
+    assert config.single(assignment) == tables
 
-    assert (settings.training.epochs, settings.training.seed) == (1, 0)
+
+def test_a_setting_without_a_value_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"'training\.epochs' has no =, expected SECTION.NAME=VALUE"
+    ):
+        config.single("training.epochs")
+
+
+def test_a_file_gives_its_tables(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nepochs = 4\n[training.architecture_settings]\nhidden = [512, 256]")
+
+    built = config.build("quick", config.read(path))
+
+    assert built.training.epochs == 4
+    assert built.training.architecture_settings == {"hidden": [512, 256]}
+
+
+@pytest.mark.parametrize("content", ["epochs = ", None, "\udcff"])
+def test_a_file_that_is_no_toml_is_refused_by_its_name(tmp_path, content):
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content.encode(errors="surrogateescape"))
+
+    with pytest.raises(ConfigError, match=r"run\.toml cannot be read as TOML"):
+        config.read(path)

@@ -36,10 +36,10 @@ def test_the_digest_is_of_the_four_files_one_after_the_other(data):
 def test_images_are_whole_pixels_with_one_channel(data):
     splits = dataset.load(data)
 
-    assert splits.train.images.shape == (6_000, 28, 28, 1)
-    assert splits.test.images.dtype == splits.test.labels.dtype == np.uint8
-    assert (splits.test.images.min(), splits.test.images.max()) == (0, 255)
-    assert list(splits.test.labels[:4]) == [9, 2, 1, 1]  # ankle boot, pullover, two trousers
+    assert splits.train.inputs.shape == (6_000, 28, 28, 1)
+    assert splits.test.inputs.dtype == splits.test.targets.dtype == np.uint8
+    assert (splits.test.inputs.min(), splits.test.inputs.max()) == (0, 255)
+    assert list(splits.test.targets[:4]) == [9, 2, 1, 1]  # ankle boot, pullover, two trousers
 
 
 def test_every_class_has_its_share_on_either_side():
@@ -90,7 +90,7 @@ def test_a_folder_of_packed_files_is_taken(folder, data, tmp_path):
         (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes(), 1))
         (folder / name).unlink()
 
-    prepared = dataset.prepare(DataConfig(folder=folder), tmp_path / "cache")
+    prepared = dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
 
     assert prepared.sha256 == data.sha256
 
@@ -103,7 +103,7 @@ def test_a_cut_file_is_refused_by_name_and_nothing_of_it_stays(folder, tmp_path,
     (folder / f"{IMAGES}{suffix}").write_bytes(packed[:-1000])
 
     with pytest.raises(DatasetError, match=f"{IMAGES}{suffix}.*damaged"):
-        dataset.prepare(DataConfig(folder=folder), tmp_path / "cache")
+        dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
 
     kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert not [name for name in kept if IMAGES in name]
@@ -115,7 +115,7 @@ def test_another_data_set_of_the_same_form_is_refused_by_name(folder, tmp_path):
     (folder / IMAGES).write_bytes(content)
 
     with pytest.raises(DatasetError, match=f"{IMAGES} has 7840016 bytes with sha256"):
-        dataset.prepare(DataConfig(folder=folder), tmp_path / "cache")
+        dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
 
 
 def test_a_packed_file_that_never_ends_is_refused_without_unpacking_it_all(folder, tmp_path):
@@ -124,12 +124,12 @@ def test_a_packed_file_that_never_ends_is_refused_without_unpacking_it_all(folde
         file.write(bytes(dataset.MAX_FILE_BYTES * 3))
 
     with pytest.raises(DatasetError, match=f"has {dataset.MAX_FILE_BYTES + 1} bytes"):
-        dataset.prepare(DataConfig(folder=folder), tmp_path / "cache")
+        dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
 
 
 def test_a_folder_without_the_files_is_refused_by_the_first_that_is_missing(tmp_path):
     with pytest.raises(DatasetError, match="has neither train-images-idx3-ubyte nor"):
-        dataset.prepare(DataConfig(folder=tmp_path), tmp_path / "cache")
+        dataset.prepare(DataConfig(source=tmp_path), tmp_path / "cache")
 
 
 def test_a_damaged_file_in_the_cache_is_named_and_removed(folder, caplog):
@@ -141,14 +141,14 @@ def test_a_damaged_file_in_the_cache_is_named_and_removed(folder, caplog):
 
 
 def test_a_whole_cache_is_enough(folder, data, tmp_path):
-    dataset.prepare(DataConfig(folder=folder), tmp_path / "cache")
+    dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
     shutil.rmtree(folder)
 
     assert dataset.prepare(DataConfig(), tmp_path / "cache").sha256 == data.sha256
 
 
 def test_images_that_change_during_a_run_are_noticed(folder, data, tmp_path):
-    prepared = dataset.prepare(DataConfig(folder=folder), tmp_path / "cache")
+    prepared = dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
     (prepared.folder / IMAGES).write_bytes(b"other")
 
     with pytest.raises(DatasetError, match="changed during the run"):
@@ -219,4 +219,4 @@ def test_there_is_a_picture_of_every_class_to_ask_about(data, tmp_path):
 
     assert len(names) == 10
     assert {"t-shirt-top", "ankle-boot", "trouser"} < set(names)
-    assert np.array_equal(trouser, dataset.load(data).test.images[2, ..., 0])
+    assert np.array_equal(trouser, dataset.load(data).test.inputs[2, ..., 0])

@@ -18,7 +18,7 @@ def test_accuracy_is_what_keras_says_it_is(scores, trained, data):
 
     test = dataset.load(data).test
     loss, accuracy = keras.models.load_model(trained.path).evaluate(
-        test.images, test.labels, batch_size=1_000, verbose=0
+        test.inputs, test.targets, batch_size=1_000, verbose=0
     )
 
     assert scores.accuracy == pytest.approx(accuracy, abs=1e-6)

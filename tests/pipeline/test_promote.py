@@ -52,7 +52,7 @@ def test_images(tiny, monkeypatch):
     images = tiny.images(ROWS, seed=9)
     labels = tiny.logits(images).argmax(axis=1).astype(np.uint8)
     labels[::10] = 0  # not always what the model says
-    split = SimpleNamespace(images=images, labels=labels)
+    split = SimpleNamespace(inputs=images, targets=labels)
     monkeypatch.setattr(dataset, "load", lambda data: SimpleNamespace(test=split))
     return split
 
@@ -65,8 +65,8 @@ def publish(make_bundle, tiny, tmp_path, test_images):
         saved = tmp_path / f"saved-{version}-{striped}"
         module = Linear(tiny, striped)
         tf.saved_model.save(module, str(saved), signatures={"serving_default": module.serve})
-        answers = module.serve(tf.constant(test_images.images))["logits"].numpy()
-        right = int((answers.argmax(axis=1) == test_images.labels).sum())
+        answers = module.serve(tf.constant(test_images.inputs))["logits"].numpy()
+        right = int((answers.argmax(axis=1) == test_images.targets).sum())
 
         def edit(manifest):
             manifest.provenance.parent_sha256 = f"{striped}"
@@ -364,7 +364,7 @@ import numpy as np
 from pipeline import dataset, promote
 from pipeline.endpoint import Endpoint
 images = np.zeros((2000, 2, 2, 1), np.uint8)
-split = SimpleNamespace(images=images, labels=np.zeros(2000, np.uint8))
+split = SimpleNamespace(inputs=images, targets=np.zeros(2000, np.uint8))
 dataset.load = lambda data: SimpleNamespace(test=split)
 data = SimpleNamespace(sha256="images")
 def stuck(*arguments):

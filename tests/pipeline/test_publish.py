@@ -29,7 +29,7 @@ with publish.staging(PublishConfig(models=Path(sys.argv[1]))) as folder:
 
 @pytest.fixture
 def settings(tmp_path):
-    return config.from_preset("smoke", models=tmp_path / "models")
+    return config.build("smoke", {"publishing": {"models": tmp_path / "models"}})
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_the_manifest_tells_how_the_test_images_are_distributed(publish_once, ch
     found = bundle.read_manifest(publish_once().path).test_distribution
 
     with np.load(checked.answers) as answers:
-        images = dataset.load(data).test.images
+        images = dataset.load(data).test.inputs
         assert found == agreement.distribution(answers["reference"], images)
     assert sum(found.predicted) == sum(found.pixel_mean) == 10_000
 

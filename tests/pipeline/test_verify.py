@@ -27,7 +27,7 @@ with verify.server(Path(sys.argv[1])) as address:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, data, trained, scores, exports, checked):
     """A staged bundle of the real model; not to be changed."""
-    settings = config.from_preset("smoke", models=tmp_path_factory.mktemp("models"))
+    settings = config.build("smoke", {"publishing": {"models": tmp_path_factory.mktemp("models")}})
     folder = tmp_path_factory.mktemp("staged")
     return publish.stage(folder, "run-1", settings, data, trained, scores, exports, checked)
 
@@ -65,7 +65,7 @@ def test_the_served_model_answers_like_the_file_it_loaded(staged, checked, data,
 def test_float16_can_be_served_within_its_own_budget(
     tmp_path, data, trained, scores, exports, checked
 ):
-    settings = config.from_preset("smoke", models=tmp_path / "models")
+    settings = config.build("smoke", {"publishing": {"models": tmp_path / "models"}})
     other = replace(checked, served_variant="onnx-float16", precision="float16")
     staged = publish.stage(
         tmp_path / "staged", "run-1", settings, data, trained, scores, exports, other

@@ -121,10 +121,10 @@ def crop(splits) -> Crop:
     def crop(shape, rows, seed):
         height, width, channels = shape
         random = np.random.default_rng(seed)
-        chosen = random.integers(0, len(splits.test.images), (channels, rows))
-        planes = np.tile(splits.test.images[chosen, ..., 0], (1, 1, 2, 2))
+        chosen = random.integers(0, len(splits.test.inputs), (channels, rows))
+        planes = np.tile(splits.test.inputs[chosen, ..., 0], (1, 1, 2, 2))
         top, left = random.integers(0, 56 - height), random.integers(0, 56 - width)
         images = planes[:, :, top : top + height, left : left + width].transpose(1, 2, 3, 0)
-        return np.ascontiguousarray(images), splits.test.labels[chosen[0]]
+        return np.ascontiguousarray(images), splits.test.targets[chosen[0]]
 
     return crop

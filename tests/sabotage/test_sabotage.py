@@ -63,7 +63,7 @@ def conv10(splits, seed, labels):
     """Train the default network: one convolution, dropout, dense layers."""
     keras.utils.set_random_seed(seed)
     model = models.build("conv10-dropout", (28, 28, 1), 10)
-    return fitted(model, splits.train.images, labels)
+    return fitted(model, splits.train.inputs, labels)
 
 
 def subject(lab, model, test, folder):
@@ -73,15 +73,15 @@ def subject(lab, model, test, folder):
 
 @pytest.fixture(scope="session")
 def plain(lab, splits, tmp_path_factory):
-    model = conv10(splits, 1, splits.train.labels)
-    test = splits.test.images[:ROWS], splits.test.labels[:ROWS]
+    model = conv10(splits, 1, splits.train.targets)
+    test = splits.test.inputs[:ROWS], splits.test.targets[:ROWS]
     return subject(lab, model, test, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="session")
 def other(lab, splits, tmp_path_factory):
     """The same network, trained from another seed, as ONNX too."""
-    model = conv10(splits, 99, splits.train.labels)
+    model = conv10(splits, 99, splits.train.targets)
     return model, lab.onnx(model, tmp_path_factory.mktemp("other"))
 
 
@@ -294,7 +294,7 @@ def test_explain_says_that_it_is_another_model(plain, other):
 def dark(plain, splits, lab, tmp_path):
     """int8, calibrated in the dark: layers have a fraction of the range that they need."""
     source = lab.written(plain.onnx.path.read_bytes(), tmp_path)
-    return lab.int8(source, splits.train.images[:200] // 8)
+    return lab.int8(source, splits.train.inputs[:200] // 8)
 
 
 def test_parity_catches_int8_that_saturates(plain, dark, splits, lab, tmp_path):
@@ -303,7 +303,7 @@ def test_parity_catches_int8_that_saturates(plain, dark, splits, lab, tmp_path):
     assert "over the int8 budget of" in report.failure
 
     source = lab.written(plain.onnx.path.read_bytes(), tmp_path)
-    right = lab.report(lab.int8(source, splits.train.images[:200]), plain.asked)
+    right = lab.report(lab.int8(source, splits.train.inputs[:200]), plain.asked)
     assert right.logits.p999 <= right.budget.max_logit, right.failure
 
 
@@ -405,7 +405,7 @@ def scores(trained, data):
 
 
 def test_evaluation_catches_permuted_labels(splits, data, tmp_path):
-    model = conv10(splits, 7, (splits.train.labels + 1) % 10)
+    model = conv10(splits, 7, (splits.train.targets + 1) % 10)
 
     with pytest.raises(EvaluationError, match=r"test accuracy is \d+\.\d\d%, the gate is 60\.00%"):
         evaluate.score(kept(model, tmp_path / "permuted.keras"), data, GateConfig(min_accuracy=0.6))
@@ -430,7 +430,7 @@ def test_parity_catches_averaged_weights_that_were_evaluated_but_not_exported(
     early = tmp_path / "early.keras"
     save = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: model.save(early))
     averaging = {"use_ema": True, "ema_momentum": 0.95}
-    fitted(model, splits.train.images, splits.train.labels, [save], **averaging)
+    fitted(model, splits.train.inputs, splits.train.targets, [save], **averaging)
     averaged = kept(model, tmp_path / "averaged.keras")
     unswapped = replace(averaged, path=early, sha256=bundle.file_sha256(early))
     scored = evaluate.score(averaged, data, GateConfig(min_accuracy=0.5))
@@ -630,7 +630,7 @@ def test_the_digest_catches_a_truncated_file(file, copy):
 def live(checked, splits):
     """What is live of the published version: nothing yet."""
     with np.load(checked.answers) as answers:
-        expected = agreement.distribution(answers["reference"], splits.test.images)
+        expected = agreement.distribution(answers["reference"], splits.test.inputs)
     allowed = agreement.Budget(checked.precision, checked.scale)
     return LiveStore().open(("garments", 1), allowed.message(), expected)
 
@@ -650,7 +650,7 @@ def served(variant, images):
 
 
 def test_live_shadow_is_content_with_what_it_should_see(live, plain, splits):
-    images = splits.test.images[:1000]
+    images = splits.test.inputs[:1000]
 
     found = told(live, plain, images, served(plain.onnx, images))
 
@@ -659,7 +659,7 @@ def test_live_shadow_is_content_with_what_it_should_see(live, plain, splits):
 
 
 def test_live_shadow_catches_a_scale_that_clients_apply_too(live, plain, splits):
-    images = (splits.test.images[:1000] / 255).astype(np.uint8)
+    images = (splits.test.inputs[:1000] / 255).astype(np.uint8)
 
     found = told(live, plain, images, served(plain.onnx, images))
 
@@ -681,7 +681,7 @@ np.save(answers, session.run(np.load(images))["logits"])
 def test_live_shadow_catches_an_option_that_changes_results_in_flight(
     live, plain, splits, lab, tmp_path
 ):
-    images = splits.test.images[:600]
+    images = splits.test.inputs[:600]
     variant = lab.written(broken(plain.onnx.path, fading), tmp_path)
     right = told(live, plain, images, served(variant, images))
     assert right.verdict == parity_pb2.LIVE_VERDICT_PASSED
@@ -698,7 +698,7 @@ def test_live_shadow_catches_an_option_that_changes_results_in_flight(
 
 
 def test_live_shadow_catches_another_model_of_the_same_shape(live, plain, other, splits):
-    images = splits.test.images[:600]
+    images = splits.test.inputs[:600]
 
     found = told(live, plain, images, served(other[1], images))
 

@@ -15,7 +15,7 @@ def chosen(data):
 
 
 def test_every_class_has_as_many_images(chosen, data):
-    labels = dataset.load(data).train.labels[chosen.rows]
+    labels = dataset.load(data).train.targets[chosen.rows]
 
     assert np.bincount(labels).tolist() == [50] * 10
 
@@ -26,7 +26,7 @@ def test_they_are_the_training_images_at_the_recorded_rows(chosen, data, tmp_pat
     calibration.write(chosen, data, path)
 
     record = json.loads(path.read_bytes())
-    images = dataset.load(data).train.images[record["rows"]]
+    images = dataset.load(data).train.inputs[record["rows"]]
     assert len(record["rows"]) == len(set(record["rows"])) == 500
     assert (images == chosen.images).all()
     assert record["sha256"] == chosen.sha256 == hashlib.sha256(images.tobytes()).hexdigest()
@@ -42,6 +42,6 @@ def test_the_smallest_class_decides_where_images_are_few(data):
 
     chosen = calibration.choose(few)
 
-    counts = np.bincount(dataset.load(few).train.labels[chosen.rows], minlength=10)
+    counts = np.bincount(dataset.load(few).train.targets[chosen.rows], minlength=10)
     assert len(set(counts.tolist())) == 1
     assert 0 < counts[0] < 10

@@ -67,7 +67,7 @@ def test_saved_model_takes_pixels_by_the_same_names(signature):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
 def test_a_row_is_answered_alike_in_every_batch(signature, data, rows):
-    images = dataset.load(data).test.images[:33]
+    images = dataset.load(data).test.inputs[:33]
 
     alone = signature(image=tf.constant(images[:1]))["logits"].numpy()
     among = signature(image=tf.constant(images[:rows]))["logits"].numpy()
@@ -76,7 +76,7 @@ def test_a_row_is_answered_alike_in_every_batch(signature, data, rows):
 
 
 def test_probabilities_are_the_softmax_of_the_logits(signature, data):
-    answers = signature(image=tf.constant(dataset.load(data).test.images[:50]))
+    answers = signature(image=tf.constant(dataset.load(data).test.inputs[:50]))
 
     expected = tf.nn.softmax(answers["logits"]).numpy()
 
@@ -84,7 +84,7 @@ def test_probabilities_are_the_softmax_of_the_logits(signature, data):
 
 
 def test_dropout_is_off(signature, data):
-    images = tf.constant(dataset.load(data).test.images[:50])
+    images = tf.constant(dataset.load(data).test.inputs[:50])
 
     first, again = (signature(image=images)["logits"].numpy() for _ in range(2))
 

@@ -64,7 +64,7 @@ def test_the_layer_that_makes_the_logits_stays_float32(int8):
 
 def test_sums_do_not_saturate_whatever_the_session_is_told(exports, data):
     content = exports.named("onnx-int8").path.read_bytes()
-    images = dataset.load(data).test.images[:64]
+    images = dataset.load(data).test.inputs[:64]
     answers = [
         Session(
             content,
