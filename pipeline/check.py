@@ -117,7 +117,7 @@ def whole_bundle(path: Path, against: Path | None = None) -> Found:
     except BundleError as error:
         raise CheckError(str(error)) from error
     manifest, golden = content.manifest, content.golden
-    output = manifest.outputs[0].name if _generic(manifest) else LOGITS
+    output = bundle.checked_output(manifest)
     reports, worst = [], {}
     if against is not None:
         original = open_model(against)
@@ -223,23 +223,17 @@ def _golden(
     """Hold answers to the golden set to the budget that was published."""
     scale = next(one.budget.scale for one in manifest.parity if one.HasField("budget"))
     allowed = agreement.Budget(precision, scale)
-    reference = golden.outputs.astype(np.float32, copy=False)
     try:
-        if _generic(manifest):
-            report = agreement.compare_outputs(reference, answers, allowed=allowed)
-        else:
-            report = agreement.compare(
-                reference,
-                answers,
-                golden.labels,
-                allowed=allowed,
-                class_names=list(manifest.labels),
-            )
-        report.hostile.rows = len(hostile)
-        report.hostile.max_logit = agreement.difference(golden.hostile_outputs, hostile).max
+        report = agreement.compare_by_kind(
+            golden.outputs,
+            answers,
+            golden.labels,
+            allowed=allowed,
+            class_names=[] if _generic(manifest) else list(manifest.labels),
+        )
+        agreement.add_hostile(report, golden.hostile_outputs, hostile)
     except (ValueError, KeyError) as error:
         raise CheckError(f"{manifest.name} {manifest.version}: {error}") from error
-    agreement.judge(report)
     return report
 
 
@@ -264,7 +258,7 @@ def _compared(
 ) -> bundle_pb2.ParityReport:
     first, second = (array.astype(np.float32, copy=False) for array in (reference, candidate))
     try:
-        allowed = agreement.budget(precision, first.reshape(len(first), -1))
+        allowed = agreement.budget(precision, first)
         if not logits:
             return agreement.compare_outputs(first, second, allowed=allowed)
         truth = first.argmax(axis=1) if labels is None else labels

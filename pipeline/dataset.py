@@ -1,355 +1,406 @@
-"""Find Fashion-MNIST, verify every byte of it, and fix the splits.
+"""Bring the data that a run learns from into one form, checked, and fix the splits.
 
-Looks, in this order, in the folder it is told, its own cache, Debian's package, Keras' download
-and, as root on Debian, apt. What counts is the SHA-256 of the decompressed IDX files: the gzip
-files differ between the sources, their contents do not.
+Whatever the source, what is kept is four IDX files in a folder of the cache: training inputs and
+targets, test inputs and targets. `fashion_mnist`, `picture_folder` and `npz` read the sources.
 """
 
-import gzip
 import hashlib
+import json
 import logging
-import os
 import re
 import shutil
-import struct
-import subprocess
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import platformdirs
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from PIL import Image
 
+from pipeline import (
+    arrays,
+    data_checks,
+    duplicates,
+    fashion_mnist,
+    files,
+    idx,
+    npz,
+    picture_folder,
+    pictures,
+)
 from pipeline.config import DataConfig
 from pipeline.errors import DatasetError
 from pipeline.records import Dataset
+from pipeline.splits import Found, Split, Splits, hold_out, split
+
+__all__ = ["Split", "Splits", "from_arrays", "load", "prepare", "verify", "write_examples"]
 
 log = logging.getLogger(__name__)
 
-NAME = "fashion-mnist"
-LICENSE = "MIT"
-LABELS = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-# Of the decompressed files, whose order here is the order in the data set's own digest.
-SHA256 = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
-IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # unsigned bytes in 3 dimensions, in 1
-IMAGES_HEADER_BYTES, LABELS_HEADER_BYTES = 16, 8
-MAX_FILE_BYTES = 60_000 * 28 * 28 + IMAGES_HEADER_BYTES  # the largest of the four
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
-Files = Iterator[tuple[str, bytes]]  # name and verified content, decompressed, in SHA256's order
-Source = tuple[str, Callable[[], Files]]
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """What goes in and what should come out, row by row.
-
-    For a classifier inputs are images, uint8 (rows, height, width, channels) with values 0 to 255,
-    and targets are classes, whole numbers (rows,). Else inputs are float32 (rows, …) and targets
-    float32 (rows, …).
-    """
-
-    inputs: NDArray[Any]
-    targets: NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """The three parts; `test` never takes part in training or in choosing a model."""
-
-    train: Split
-    validation: Split
-    test: Split
+LINE = "line"
+ABOUT = "dataset.json"  # written last; a folder without it is not whole
+NAMES = "labels.txt"  # beside IDX files: the classes' names, one a line
+MAX_EXAMPLES = 20
+Pair = tuple[ArrayLike, ArrayLike]
 
 
 def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
-    """Find the data, verify them and keep them decompressed in the cache.
+    """Find the data, check them, and keep them as IDX files in the cache.
+
+    A source that has not changed since is not read again.
 
     Args:
-        config: where to look and how to split.
+        config: what they are, where they are, and how to split them.
         cache: folder to keep them in; None: the user's cache folder.
 
     Raises:
-        DatasetError: no source has them, or the folder of `config` has other files than these.
+        DatasetError: they are not there, cannot be read, are not those they should be, or cannot
+            be learnt from.
     """
-    folder = (cache or platformdirs.user_cache_path("train-export")) / NAME
-    if config.source is not None:
-        _keep(read_folder(config.source), folder)
-    elif not is_cached(folder):
-        find(folder, _sources())
-    labels = _labels((folder / "train-labels-idx1-ubyte").read_bytes())
-    train, validation = split(labels, config)
-    return Dataset(
-        name=NAME,
-        folder=folder,
-        sha256=_digest(folder),
-        license=LICENSE,
-        labels=LABELS,
-        train_rows=len(train),
-        validation_rows=len(validation),
-        test_rows=len(_labels((folder / "t10k-labels-idx1-ubyte").read_bytes())),
-        validation_share=config.validation_share,
-        split_seed=config.split_seed,
-    )
+    kind = _kind(config)
+    home = _home(cache)
+    if kind == "fashion-mnist":
+        folder = home / fashion_mnist.NAME
+        fashion_mnist.keep(config.source, folder)
+        return _described(folder, fashion_mnist.NAME, fashion_mnist.LABELS, (), config)
+    if kind == LINE:
+        return _kept(_line(), config.name or LINE, replace(config, validation_share=0.0), home)
+    source = _there(config, kind)
+    name = config.name or (source.stem if source.is_file() else source.resolve().name)
+    key = _key(kind, _content(source), config)
+    folder = _folder(home, name, key)
+    if not _is_whole(folder):
+        log.info("reading %s from %s", kind, source)
+        read = {"idx": _idx, "npz": npz.read, "pictures": picture_folder.read}[kind]
+        _keep(_named(read(source, config)), folder)
+    return _from_cache(folder, name, config)
+
+
+def from_arrays(
+    train: Pair,
+    test: Pair | None = None,
+    *,
+    labels: Sequence[str] = (),
+    name: str = "arrays",
+    config: DataConfig | None = None,
+    cache: Path | None = None,
+) -> Dataset:
+    """Keep arrays as a data set, checked.
+
+    Args:
+        train: inputs and targets. Images (rows, height, width) or with channels, whole values 0 to
+            255, with classes (rows,), whole numbers from 0; or any numbers (rows, …) with floats
+            (rows,) or (rows, outputs).
+        test: the same, never trained on; None: `config.test_share` of `train`.
+        labels: of the classes, in their order; empty: their numbers.
+        name: of the data.
+        config: how to split them; its `kind` and `source` mean nothing here.
+        cache: folder to keep them in; None: the user's cache folder.
+
+    Raises:
+        DatasetError: they do not fit together, or cannot be learnt from.
+    """
+    config = config or DataConfig()
+    classify = arrays.is_classes(train[1])
+    rows = arrays.rows(*train, "training", classify=classify)
+    if test is None:
+        rows, rest = hold_out(rows, config)
+    else:
+        rest = arrays.rows(*test, "test", classify=classify)
+    return _kept(Found(rows, rest, tuple(labels)), name, config, _home(cache))
+
+
+def verify(config: DataConfig) -> None:
+    """Look at a source for nothing but the errors that a second will find.
+
+    Raises:
+        DatasetError: it is not there, or is not what it should be.
+    """
+    kind = _kind(config)
+    if kind == "fashion-mnist" and config.source is not None:
+        fashion_mnist.verify_folder(config.source)
+    elif kind not in {"fashion-mnist", LINE}:
+        _there(config, kind)
 
 
 def load(dataset: Dataset) -> Splits:
-    """Read the prepared images into memory.
+    """Read the prepared rows into memory.
 
     Raises:
         DatasetError: they changed on disk since they were prepared.
     """
-    if _digest(dataset.folder) != dataset.sha256:
+    try:
+        unchanged = _digest(dataset.folder) == dataset.sha256
+    except (OSError, DatasetError):
+        unchanged = False
+    if not unchanged:
         raise DatasetError(f"{dataset.folder} changed during the run; start it again")
-    images, test_images, labels, test_labels = (
-        decode((dataset.folder / name).read_bytes())
-        for decode, name in (
-            (_images, "train-images-idx3-ubyte"),
-            (_images, "t10k-images-idx3-ubyte"),
-            (_labels, "train-labels-idx1-ubyte"),
-            (_labels, "t10k-labels-idx1-ubyte"),
-        )
-    )
+    found = _read(dataset.folder, dataset.labels)
     train, validation = split(
-        labels,
+        found.train.targets,
         DataConfig(
             validation_share=dataset.validation_share,
             split_seed=dataset.split_seed,
             max_train_rows=dataset.train_rows,
         ),
     )
+    rows = found.train
     return Splits(
-        train=Split(images[train], labels[train]),
-        validation=Split(images[validation], labels[validation]),
-        test=Split(test_images, test_labels),
+        train=Split(rows.inputs[train], rows.targets[train]),
+        validation=Split(rows.inputs[validation], rows.targets[validation]),
+        test=found.test,
     )
 
 
 def write_examples(dataset: Dataset, folder: Path) -> Path:
-    """Write the first test image of every class as `LABEL.png`, to ask a server about.
+    """Write the first test image of up to 20 classes as `LABEL.png`, to ask a server about.
+
+    Nothing is written of data that are no pictures.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if not dataset.classifies:
+        return folder
     test = load(dataset).test
-    for index, label in enumerate(dataset.labels):
-        first = int(np.flatnonzero(test.targets == index)[0])
-        name = re.sub("[^a-z]+", "-", label.lower())
-        Image.fromarray(test.inputs[first, ..., 0]).save(folder / f"{name}.png")
+    if test.inputs.shape[-1] not in pictures.MODES:
+        return folder
+    written: set[str] = set()
+    for index, label in enumerate(dataset.labels[:MAX_EXAMPLES]):
+        rows = np.flatnonzero(test.targets == index)
+        if len(rows):
+            name = re.sub(r"\W+", "-", label.lower()).strip("-")
+            if not name or name in written:
+                name = f"{name}-{index}".strip("-")
+            written.add(name)
+            pixels = test.inputs[rows[0]]
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            picture.save(folder / f"{name}.png")
     return folder
 
 
-def split(
-    labels: NDArray[np.uint8], config: DataConfig
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Divide the training images, the same share of every class on either side.
-
-    Returns:
-        Positions of the training and of the validation images, each rising. The same labels and
-        settings always give the same positions.
-    """
-    random = np.random.default_rng(config.split_seed)
-    train: list[NDArray[np.intp]] = []
-    validation: list[NDArray[np.intp]] = []
-    for label in np.unique(labels):
-        mine = random.permutation(np.flatnonzero(labels == label))
-        border = round(len(mine) * config.validation_share)
-        validation.append(mine[:border])
-        train.append(mine[border:])
-    kept = random.permutation(np.concatenate(train))[: config.max_train_rows]
-    return np.sort(kept), np.sort(np.concatenate(validation))
+def _kind(config: DataConfig) -> str:
+    source = config.source
+    if config.kind != "auto":
+        return config.kind
+    if source is None:
+        return "fashion-mnist"
+    if source.suffix == ".npz":
+        return "npz"
+    if source.is_dir() and picture_folder.is_one(source):
+        return "pictures"
+    return "fashion-mnist"
 
 
-def find(folder: Path, sources: tuple[Source, ...]) -> None:
-    """Fill a folder from the first source that has the data.
+def _there(config: DataConfig, kind: str) -> Path:
+    source = config.source
+    if source is None:
+        raise DatasetError(f"data.kind is {kind}, expected data.source as well: where they are")
+    if not source.exists():
+        raise DatasetError(f"{source} is not there, expected the {kind} data")
+    if source.is_dir() == (kind == "npz"):
+        expected = "a file" if kind == "npz" else "a folder"
+        raise DatasetError(f"{source} cannot be {kind} data, expected {expected}")
+    return source
 
-    Raises:
-        DatasetError: none has; says what became of each.
-    """
-    reasons = []
-    for name, read in sources:
-        log.info("looking for %s in %s", NAME, name)
-        try:
-            _keep(read(), folder)
-        except DatasetError as error:
-            reasons.append(f"{name}: {error}")
-        else:
-            log.info("found %s in %s, kept in %s", NAME, name, folder)
-            return
-    raise DatasetError(
-        f"{NAME} was not found ({'; '.join(reasons)}); go online, or put its four files into a "
-        "folder and name it with --data DIR or TRAIN_EXPORT_DATA"
+
+def _home(cache: Path | None) -> Path:
+    return cache or platformdirs.user_cache_path("train-export")
+
+
+def _folder(home: Path, name: str, key: str) -> Path:
+    """Name a folder for people by its name, and for us by its key."""
+    return home / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-') or 'data'}-{key[:12]}"
+
+
+def _key(kind: str, content: str, config: DataConfig) -> str:
+    """Return a digest of all that the kept files follow from."""
+    facts = [kind, content, config.size, config.colour, config.test_share, config.split_seed]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _content(source: Path) -> str:
+    """Return a digest of a file, or of all files of a folder and their names."""
+    if source.is_file():
+        return _file_digest(source)
+    paths = sorted(path for path in source.rglob("*") if path.is_file())
+    listed = [f"{_file_digest(path)} {path.relative_to(source)}" for path in paths]
+    return hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _idx(folder: Path, _: DataConfig) -> Found:
+    """Read a folder of four IDX files, and the classes' names if they are beside them."""
+    read = {part: idx.read(idx.find(folder, part)) for part in idx.PARTS}
+    classify = arrays.is_classes(read["train-labels"])
+    train, test = (
+        arrays.rows(read[f"{part}-images"], read[f"{part}-labels"], name, classify=classify)
+        for part, name in (("train", "training"), ("t10k", "test"))
     )
+    path = folder / NAMES
+    try:
+        labels = tuple(path.read_text("utf-8").split("\n")) if path.is_file() else ()
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    return Found(train, test, tuple(one.strip() for one in labels if one.strip()))
 
 
-def _sources() -> tuple[Source, ...]:
-    return (
-        (str(DEBIAN_FOLDER), lambda: read_folder(DEBIAN_FOLDER)),
-        ("Keras' download", _download_with_keras),
-        (f"apt's {DEBIAN_PACKAGE}", lambda: install_with_apt(user=os.geteuid())),
-    )
+def _line() -> Found:
+    """Make the six points of y = 2x - 1 that a lone Dense(1) learns from, and more to test it."""
+    six = np.arange(-1, 5, dtype=np.float32)[:, np.newaxis]
+    more = (np.arange(-100, 101, dtype=np.float32) / 10)[:, np.newaxis]
+    return Found(Split(six, 2 * six - 1), Split(more, 2 * more - 1), ())
 
 
-def is_cached(folder: Path) -> bool:
-    """Tell whether a folder has all four files; one that is wrong is named and removed."""
-    whole = True
-    for name in SHA256:
-        path = folder / name
-        try:
-            _verify(path, path.read_bytes())
-        except FileNotFoundError:
-            whole = False
-        except DatasetError as error:
-            log.warning("%s; it is fetched again", error)
-            path.unlink()
-            whole = False
-    return whole
+def _named(found: Found) -> Found:
+    """Give classes without names their numbers, and check all of it."""
+    classifies = found.train.targets.ndim == 1
+    if found.labels and not classifies:
+        raise DatasetError("there are names of classes, and targets that are floats")
+    if classifies and not found.labels and len(found.test.targets):
+        count = len(np.unique(found.train.targets))
+        found = replace(found, labels=tuple(map(str, range(count))))
+    data_checks.refuse(found)
+    return found
 
 
-def verify_folder(folder: Path) -> None:
-    """Read a folder's four files for nothing but their errors, in a second.
+def _kept(found: Found, name: str, config: DataConfig, home: Path) -> Dataset:
+    """Keep what was not read from files, under a digest of its own content."""
+    found = _named(found)
+    digest = hashlib.sha256(json.dumps(found.labels).encode())
+    for content in _encoded(found).values():
+        digest.update(content)
+    folder = _folder(home, name, digest.hexdigest())
+    if not _is_whole(folder):
+        _keep(found, folder)
+    return _from_cache(folder, name, config)
 
-    Raises:
-        DatasetError: one is missing or wrong, by name.
-    """
-    for _ in read_folder(folder):
+
+def _encoded(found: Found) -> dict[str, bytes]:
+    train, test = found.train, found.test
+    parts = zip(idx.PARTS, (train.inputs, train.targets, test.inputs, test.targets), strict=True)
+    return {idx.name(part, array): idx.encode(array) for part, array in parts}
+
+
+def _keep(found: Found, folder: Path) -> None:
+    """Write the files into a hidden folder and show it at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in _encoded(found).items():
+            (hidden / name).write_bytes(content)
+        about = {"sha256": _digest(hidden), "labels": found.labels, "findings": found.findings}
+        (hidden / ABOUT).write_text(json.dumps(about), "utf-8")
+        files.sync_tree(hidden)
+        hidden.rename(folder)
+    except OSError:
+        if not _is_whole(folder):  # else another run has kept the same
+            raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    log.info("kept in %s", folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether a folder holds what was kept; one that does not is named and removed."""
+    if not folder.exists():
+        return False
+    try:
+        if json.loads((folder / ABOUT).read_bytes())["sha256"] == _digest(folder):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, DatasetError):
         pass
+    log.warning("%s is damaged; it is made again", folder)
+    shutil.rmtree(folder)
+    return False
 
 
-def read_folder(folder: Path) -> Files:
-    """Give the four files of a folder, packed or not, each verified.
-
-    Raises:
-        DatasetError: one is missing or wrong, by name.
-    """
-    for name in SHA256:
-        plain, packed = folder / name, folder / f"{name}.gz"
-        if plain.is_file():
-            content = plain.read_bytes()
-            _verify(plain, content)
-        elif packed.is_file():
-            content = _unpack(packed)
-            _verify(packed, content)
-        else:
-            raise DatasetError(f"{folder} has neither {name} nor {name}.gz")
-        yield name, content
+def _from_cache(folder: Path, name: str, config: DataConfig) -> Dataset:
+    about: dict[str, Any] = json.loads((folder / ABOUT).read_bytes())
+    return _described(folder, name, tuple(about["labels"]), tuple(about["findings"]), config)
 
 
-def _unpack(path: Path) -> bytes:
-    try:
-        with gzip.open(path) as file:
-            # One byte too many is enough to be refused, however much more there is.
-            return file.read(MAX_FILE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path} cannot be unpacked: {error}; it is damaged") from error
-
-
-def _verify(path: Path, content: bytes) -> None:
-    digest = hashlib.sha256(content).hexdigest()
-    expected = SHA256[path.name.removesuffix(".gz")]
-    if digest != expected:
+def _described(
+    folder: Path,
+    name: str,
+    labels: tuple[str, ...],
+    noticed: tuple[str, ...],
+    config: DataConfig,
+) -> Dataset:
+    """Return the record of what is kept in a folder."""
+    found = replace(_read(folder, labels), findings=noticed)
+    train, validation = split(found.train.targets, config)
+    if not len(validation):
         raise DatasetError(
-            f"{path} has {len(content)} bytes with sha256 {digest[:12]}…, expected "
-            f"{expected[:12]}…; it is damaged or not a file of {NAME}"
+            f"data.validation_share is {config.validation_share}, which leaves no validation row "
+            f"of {len(found.train.targets)}; raise it, or set 0 to validate on the training rows"
         )
+    described = Dataset(
+        name=name,
+        folder=folder,
+        sha256=_digest(folder),
+        license=fashion_mnist.LICENSE if folder.name == fashion_mnist.NAME else "",
+        labels=labels,
+        train_rows=len(train),
+        validation_rows=len(validation),
+        test_rows=len(found.test.targets),
+        validation_share=config.validation_share,
+        split_seed=config.split_seed,
+    )
+    return replace(described, findings=_findings(described, found))
 
 
-def _keep(files: Files, folder: Path) -> None:
-    """Write verified files, each under its own name only once it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files:
-        partial = folder / f".{name}.{os.getpid()}"
-        try:
-            partial.write_bytes(content)
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+def _findings(dataset: Dataset, found: Found) -> tuple[str, ...]:
+    """Return what the checks say; kept beside the files, because they take seconds."""
+    code = [Path(str(module.__file__)).read_bytes() for module in (data_checks, duplicates)]
+    facts = [
+        dataset.sha256, dataset.labels, found.findings, dataset.train_rows,
+        dataset.validation_share, dataset.split_seed,
+        *(hashlib.sha256(one).hexdigest() for one in code),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    path = dataset.folder / f"findings-{key[:12]}.json"
+    with suppress(OSError, ValueError):
+        return tuple(map(str, json.loads(path.read_bytes())))
+    split_by = DataConfig(
+        validation_share=dataset.validation_share,
+        split_seed=dataset.split_seed,
+        max_train_rows=dataset.train_rows,
+    )
+    said = tuple(data_checks.findings(found, *split(found.train.targets, split_by)))
+    with suppress(OSError):  # it is only slower without
+        files.write_whole(path, json.dumps(said).encode())
+    return said
 
 
-def _download_with_keras() -> Files:
-    """Let Keras download its copy, which it does not verify."""
-    from keras.datasets import fashion_mnist  # noqa: PLC0415  seconds, and seldom needed
-
-    try:
-        train, test = fashion_mnist.load_data()
-    except Exception as error:
-        # Keras raises a bare Exception when it cannot reach the address.
-        raise DatasetError(f"it failed ({error})") from error
-    yield from as_idx((*train, *test))
-
-
-def as_idx(arrays: Iterable[NDArray[np.uint8]]) -> Files:
-    """Write arrays as the IDX files they were read from, each verified.
-
-    Args:
-        arrays: train images, train labels, test images, test labels.
-
-    Raises:
-        DatasetError: one is not the file it should be.
-    """
-    for name, array in zip(SHA256, arrays, strict=True):
-        magic = IMAGES_MAGIC if "images" in name else LABELS_MAGIC
-        content = struct.pack(f">I{array.ndim}I", magic, *array.shape) + array.tobytes()
-        _verify(Path(name), content)
-        yield name, content
-
-
-def install_with_apt(*, user: int) -> Files:
-    """Install Debian's package and read it.
-
-    Raises:
-        DatasetError: `user` is not root (0), there is no apt, or it fails.
-    """
-    if user != 0 or shutil.which("apt-get") is None:
-        raise DatasetError("it needs root on Debian or Ubuntu")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for step in (("update",), ("install", "--yes", "--no-install-recommends", DEBIAN_PACKAGE)):
-        done = subprocess.run(  # noqa: S603  fixed words
-            ("apt-get", "--quiet", *step),
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise DatasetError(f"apt-get {step[0]} failed ({last})")
-    yield from read_folder(DEBIAN_FOLDER)
+def _read(folder: Path, labels: tuple[str, ...]) -> Found:
+    """Read the four files; images get the axis of their channels."""
+    inputs, targets, test_inputs, test_targets = (
+        idx.decode(path.read_bytes(), str(path)) for path in _paths(folder)
+    )
+    if labels and inputs.ndim == arrays.IMAGE_RANK - 1:
+        inputs, test_inputs = inputs[..., np.newaxis], test_inputs[..., np.newaxis]
+    return Found(Split(inputs, targets), Split(test_inputs, test_targets), labels)
 
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name in SHA256:
-        digest.update((folder / name).read_bytes())
+    for path in _paths(folder):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _images(content: bytes) -> NDArray[np.uint8]:
-    _, rows, height, width = struct.unpack_from(">4I", content)
-    flat = np.frombuffer(content, np.uint8, offset=IMAGES_HEADER_BYTES)
-    return flat.reshape(rows, height, width, 1)
-
-
-def _labels(content: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(content, np.uint8, offset=LABELS_HEADER_BYTES)
+def _paths(folder: Path) -> list[Path]:
+    return [idx.find(folder, part) for part in idx.PARTS]

@@ -5,6 +5,7 @@ PipelineError
 ├── DatasetError       the data cannot be found, or are not the ones they should be
 ├── BusyError          another run is working in the same folder
 ├── TrainingError      training cannot go on
+├── InterruptedTrainingError  training was told to stop, and can go on where it stopped
 ├── EvaluationError    the model is below the gate
 ├── ExportError        an exporter failed, or wrote something else than was asked for
 ├── ParityError        an export, or the server, does not answer like the original
@@ -36,6 +37,10 @@ class BusyError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training cannot go on."""
+
+
+class InterruptedTrainingError(PipelineError):
+    """Training was told to stop, saved its state, and goes on there when it is run again."""
 
 
 class EvaluationError(PipelineError):

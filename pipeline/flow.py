@@ -1,114 +1,176 @@
-"""The flow `train-export`, read from top to bottom. With the plugin, all that knows Prefect."""
+"""The flow `train-export`, read from top to bottom.
 
+Nothing of TensorFlow is imported before it runs, so that it is deployed in seconds.
+"""
+
+import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
-
-from pipeline import (
-    config,
-    dataset,
-    evaluate,
-    export,
-    files,
-    parity,
-    promote,
-    publish,
-    report,
-    train,
-    verify,
+from prefect import flow, runtime
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.flows import Flow
+from prefect.states import AwaitingRetry
+from prefect.transactions import transaction
+
+from pipeline import config, files, report, results, tasks
 from pipeline.endpoint import Endpoint
-from pipeline.errors import PipelineError
+from pipeline.errors import InterruptedTrainingError, PipelineError
+from pipeline.records import Published, Trained
 from service import bundle
 from service.errors import ServiceError
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+CONFIG = "config.json"  # every setting of a run, in its folder
 
 
-@flow(name="train-export")
+def go_on_later(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Schedule a deployment's run again whose training was stopped by SIGTERM and saved."""
+    error = state.result(raise_on_failure=False)
+    if flow_run.deployment_id and isinstance(error, InterruptedTrainingError):
+        log.info("scheduled again: training goes on where it was stopped")
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.id, AwaitingRetry(message=str(error)))
+
+
+@flow(name="train-export", on_failure=[go_on_later])
 def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     preset: str = "quick",
+    settings: dict[str, Any] | None = None,
     data: str | None = None,
     models: str = "models",
     runs: str = "runs",
     epochs: int | None = None,
     seed: int | None = None,
     fresh: bool = False,
-    settings: dict[str, Any] | None = None,
     endpoints: list[str] | None = None,
+    tls: bool = False,
     tls_ca: str | None = None,
+    token_file: str | None = None,
 ) -> str:
     """Train a model, export it, prove parity, serve it once, and publish it; or publish nothing.
 
     Args:
-        preset: smoke (seconds) or quick (minutes).
-        data: folder of the Fashion-MNIST files; by default the usual places are tried.
-        models: folder to publish into.
-        runs: folder for checkpoints and exports.
-        epochs: instead of the preset's.
-        seed: instead of the preset's.
-        fresh: train anew even where checkpoints of the same settings are found.
-        settings: any other ones over the preset's, as tables: {"training": {"engine": "tape"}}.
-        endpoints: HOST:PORT of what serves `models`; asked before `champion` moves there. A token
-            is taken from the variable SERVE_EXPORT_TOKEN, and never shown.
+        preset: Settings to start from, such as smoke (seconds) or quick (minutes).
+        settings: Any other ones over the preset's, as tables: {"training": {"engine": "tape"}}.
+        data: What to learn from, a folder or an .npz; by default Fashion-MNIST in its usual places.
+        models: Folder to publish into.
+        runs: Folder for checkpoints, exports and what stages returned.
+        epochs: Instead of the preset's.
+        seed: Instead of the preset's.
+        fresh: Train anew even where checkpoints of the same settings are found.
+        endpoints: HOST:PORT of what serves the models; asked before the alias champion moves there.
+        tls: The endpoints speak TLS.
         tls_ca: PEM of who may have signed for the endpoints, which then speak TLS.
+        token_file: File with our token for the endpoints; else the variable SERVE_EXPORT_TOKEN.
 
     Returns:
         The path of the published bundle.
     """
-    given = data or os.environ.get("TRAIN_EXPORT_DATA")
+    tables = {name: value for name, value in (settings or {}).items() if name != "preset"}
     chosen = config.build(
         preset,
-        settings or {},
+        config.options(data__source=os.environ.get("TRAIN_EXPORT_DATA")),
+        tables,
         config.options(
             runs=runs,
-            data__source=given,
+            data__source=data,
             training__epochs=epochs,
             training__seed=seed,
             training__fresh=fresh or None,
             publishing__models=models,
         ),
     )
-    run_id = str(flow_run.id)
-    prepared = stage(dataset.prepare)(chosen.data)
-    stage(dataset.write_examples)(prepared, chosen.runs / "examples")
+    from pipeline import (  # noqa: PLC0415  TensorFlow
+        dataset,
+        device,
+        evaluate,
+        export,
+        parity,
+        promote,
+        publish,
+        train,
+        verify,
+    )
+
+    run_id = str(runtime.flow_run.id)
+    stages = tasks.Stages(chosen.runs / results.FOLDER, device.prepare())
+    prepared = stages.kept(dataset.prepare, apart=["cache"])(chosen.data)
+    stages.once(dataset.write_examples)(prepared, chosen.runs / "examples")
     folder = train.run_folder(chosen.runs, preset, prepared, chosen.training)
     with (
         files.locked(folder / "lock", wait=False),
         publish.staging(chosen.publishing) as hidden,
     ):
-        trained = stage(train.fit)(prepared, chosen.training, folder)
-        scores = stage(evaluate.score)(trained, prepared, chosen.gate)
-        exports = stage(export.convert)(trained, prepared, folder / "exports", run_id)
-        checked = stage(parity.check)(trained, exports, prepared, folder / "parity", scores)
-        staged = stage(publish.stage)(
-            hidden, run_id, chosen, prepared, trained, scores, exports, checked
+        files.write_whole(folder / CONFIG, json.dumps(config.as_tables(chosen), indent=1).encode())
+        fit = stages.kept(train.fit, places=["run"], apart=["share"], anew=chosen.training.fresh)
+        trained = fit(prepared, chosen.training, folder, tasks.Progress())
+        champion = evaluate.champion(chosen.publishing.models, chosen.publishing.name)
+        scores = stages.kept(evaluate.score)(
+            trained, prepared, chosen.gate, another(champion, trained), folder
         )
-        served = stage(verify.ask)(staged, checked, prepared, folder / "parity")
-        published = stage(publish.publish)(staged, served, chosen.publishing)
-    create_markdown_artifact(
-        report.markdown(bundle.read_manifest(published.path), published.path),
-        key="bundle",
-        description=f"{published.name} version {published.version}",
+        with transaction():  # what fails in it leaves no result behind, and no bundle
+            convert = stages.kept(export.convert, apart=["run"])
+            exports = convert(trained, prepared, folder / "exports", run_id, chosen.export)
+            check = stages.kept(parity.check, apart=["measure_cost"])
+            checked = check(
+                trained, exports, prepared, folder / "parity", scores, chosen.export.serve
+            )
+            staged = stages.once(publish.stage)(
+                hidden, run_id, chosen, prepared, trained, scores, exports, checked
+            )
+            served = stages.once(verify.ask)(staged, checked, prepared, folder / "parity")
+            published = stages.once(publish.publish)(staged, served, chosen.publishing)
+    show(published, folder)
+    tasks.record_lineage(
+        [(prepared.folder, "data"), (trained.path, "model"), (published.path, "bundle")]
     )
     if endpoints:
-        servers = [Endpoint(one, tls_ca=Path(tls_ca) if tls_ca else None) for one in endpoints]
-        stage(promote.promote)(published.path, prepared, servers)
+        servers = [
+            Endpoint(one, tls, as_path(tls_ca), token_file=as_path(token_file)) for one in endpoints
+        ]
+        stages.once(promote.promote)(published.path, prepared, servers)
     return str(published.path)
 
 
-def stage(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make a task of a plain function: its module names it, its records are not hashed."""
-    words = function.__module__.removeprefix("pipeline.").split(".")
-    return task(name=f"{words[0]}.{function.__name__}", cache_policy=NO_CACHE)(function)
+def another(champion: Path | None, trained: Trained) -> Path | None:
+    """Return the champion if it is another model than the trained one; else there is no contest."""
+    if champion is None:
+        return None
+    if bundle.read_manifest(champion).provenance.parent_sha256 == trained.sha256:
+        log.info("the champion, version %s, is this very model", champion.name)
+        return None
+    return champion
+
+
+def show(published: Published, folder: Path) -> None:
+    """Leave what was published among Prefect's artifacts."""
+    manifest = bundle.read_manifest(published.path)
+    title = f"{published.name} version {published.version}"
+    create_markdown_artifact(
+        report.markdown(manifest, published.path), key="bundle", description=title
+    )
+    variants = report.formats(manifest)
+    create_table_artifact(
+        [dict(zip(variants.columns, row, strict=True)) for row in variants.rows],
+        key="variants",
+        description=title,
+    )
+    for key, path in (("bundle-folder", published.path), ("run-folder", folder)):
+        create_link_artifact(path.as_uri(), link_text=str(path), key=key, description=title)
+
+
+def as_path(text: str | None) -> Path | None:
+    """Return a parameter as a path."""
+    return Path(text) if text else None
 
 
 class _OneSentence(logging.Filter):

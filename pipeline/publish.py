@@ -5,6 +5,7 @@ a dead run left hidden is removed by the next.
 """
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -18,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 from google.protobuf import json_format, timestamp_pb2
-from numpy.typing import NDArray
 
-from pipeline import dataset, files, parity
-from pipeline.config import Config, PublishConfig
+from pipeline import dataset, files, messages, parity
+from pipeline.config import Config, PublishConfig, as_tables
 from pipeline.errors import BusyError, PublishError
 from pipeline.records import Checked, Dataset, Exports, Published, Scores, Staged, Trained
 from protos import bundle_pb2
 from service import agreement, bundle
+from service.session import Session, Tensor
 
 log = logging.getLogger(__name__)
 STAGING_PREFIX = ".staging-"
@@ -33,6 +34,7 @@ LOCK = ".lock"
 LAST = ".last-version"  # what was published last stays taken when it is removed
 VARIANTS = "variants"
 GOLDEN_ROWS_PER_CLASS = 20  # 200 images are answered in milliseconds at every load
+GOLDEN_ROWS = 200  # where there are no classes
 TOOLS = (
     "train-export",
     "tensorflow",
@@ -99,8 +101,9 @@ def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
     shutil.copy2(served.path, path / bundle.MODEL)
     _write_golden(path / bundle.GOLDEN, data, checked)
     manifest = _manifest(run, config, data, trained, scores, checked)
-    manifest.name, manifest.version = name, number
     manifest.session.CopyFrom(parity.session_options(served.session))
+    _add_tensors(manifest, path / bundle.MODEL)
+    manifest.name, manifest.version = name, number
     manifest.parity.extend(reports)
     manifest.files.extend(_listed(path))
     write_manifest(path, manifest)
@@ -180,23 +183,23 @@ def _copy_passed(exports: Exports, checked: Checked, path: Path) -> list[bundle_
 
 
 def _write_golden(path: Path, data: Dataset, checked: Checked) -> None:
-    """Keep the first test images of every class, and the hostile ones, with the reference."""
+    """Keep the first test rows, of every class, and the hostile ones, with the reference."""
     test = dataset.load(data).test
-    rows = np.concatenate(
-        [
-            np.flatnonzero(test.targets == label)[:GOLDEN_ROWS_PER_CLASS]
-            for label in range(len(data.labels))
-        ]
-    )
+    classes = [
+        np.flatnonzero(test.targets == label)[:GOLDEN_ROWS_PER_CLASS]
+        for label in range(len(data.labels))
+    ]
+    rows = np.concatenate(classes) if classes else np.arange(len(test.inputs))[:GOLDEN_ROWS]
+    labels = {"labels": test.targets[rows].astype(np.int64)} if classes else {}
+    inputs, outputs = ("images", "logits") if classes else ("inputs", "outputs")
     with np.load(checked.answers, allow_pickle=False) as answers:
-        np.savez_compressed(
-            path,
-            images=test.inputs[rows],
-            labels=test.targets[rows].astype(np.int64),
-            logits=answers["reference"][rows],
-            hostile_images=answers["hostile_images"],
-            hostile_logits=answers["hostile_reference"],
-        )
+        arrays = {
+            inputs: test.inputs[rows],
+            outputs: answers["reference"][rows],
+            f"hostile_{inputs}": answers["hostile_inputs"],
+            f"hostile_{outputs}": answers["hostile_reference"],
+        }
+    np.savez_compressed(path, allow_pickle=False, **arrays, **labels)
 
 
 def _listed(path: Path) -> list[bundle_pb2.File]:
@@ -219,16 +222,10 @@ def _manifest(
     scores: Scores,
     checked: Checked,
 ) -> bundle_pb2.BundleManifest:
-    classes = len(data.labels)
-    images = dataset.load(data).test.inputs
+    kind = bundle_pb2.KIND_CLASSIFIER if data.classifies else bundle_pb2.KIND_GENERIC
     return bundle_pb2.BundleManifest(
         format=bundle.FORMAT,
-        kind=bundle_pb2.KIND_CLASSIFIER,
-        input=bundle_pb2.TensorSpec(name="image", datatype="UINT8", shape=(-1, *images.shape[1:])),
-        outputs=[
-            bundle_pb2.TensorSpec(name=name, datatype="FP32", shape=(-1, classes))
-            for name in ("probabilities", "logits")
-        ],
+        kind=kind,
         labels=data.labels,
         served_variant=checked.served_variant,
         dataset=bundle_pb2.Dataset(
@@ -238,10 +235,11 @@ def _manifest(
             validation_rows=data.validation_rows,
             test_rows=data.test_rows,
             split_seed=data.split_seed,
+            findings=data.findings,
         ),
         training=_training(config, trained),
-        evaluation=_evaluation(config, trained, scores),
-        test_distribution=_distribution(images, checked),
+        evaluation=messages.evaluation(trained, scores, config.gate),
+        test_distribution=_distribution(data, checked) if data.classifies else None,
         provenance=bundle_pb2.Provenance(
             run=run,
             created=_now(),
@@ -254,48 +252,29 @@ def _manifest(
 
 
 def _training(config: Config, trained: Trained) -> bundle_pb2.Training:
-    training = bundle_pb2.Training(
-        preset=config.preset,
-        architecture=config.training.architecture,
-        parameters=trained.parameters,
-        seed=config.training.seed,
-        batch_rows=config.training.batch_rows,
-        learning_rate=config.training.learning_rate,
-        optimizer=trained.optimizer,
-        device=trained.device,
-        best_epoch=trained.best_epoch,
-    )
-    for epoch in trained.history:
-        training.history.add(
-            number=epoch.number,
-            loss=epoch.loss,
-            accuracy=epoch.accuracy,
-            validation_loss=epoch.validation_loss,
-            validation_accuracy=epoch.validation_accuracy,
-            seconds=epoch.seconds,
-        )
+    training = messages.training(trained)
+    training.preset = config.preset
+    training.architecture = config.training.architecture
+    training.seed = config.training.seed
+    training.batch_rows = config.training.batch_rows
+    training.learning_rate = config.training.learning_rate
+    training.config = json.dumps(as_tables(config), sort_keys=True)
     return training
 
 
-def _evaluation(config: Config, trained: Trained, scores: Scores) -> bundle_pb2.Evaluation:
-    right = np.arange(scores.rows) < scores.correct
-    evaluation = bundle_pb2.Evaluation(
-        accuracy=agreement.accuracy(right),
-        loss=scores.loss,
-        confusion=[bundle_pb2.Evaluation.ConfusionRow(predicted=row) for row in scores.confusion],
-        min_accuracy=config.gate.min_accuracy,
-        size_bytes=trained.path.stat().st_size,
-        images_per_second=scores.images_per_second,
-        batch_rows=scores.batch_rows,
-    )
-    for one in scores.classes:
-        evaluation.classes.add(
-            label=one.label, precision=one.precision, recall=one.recall, rows=one.rows
-        )
-    return evaluation
+def _add_tensors(manifest: bundle_pb2.BundleManifest, model: Path) -> None:
+    """Promise the tensors that the server will find: names, datatypes and shapes."""
+    session = Session(model.read_bytes(), manifest.session, threads=1)
+    manifest.input.CopyFrom(_spec(session.inputs[0]))
+    manifest.outputs.extend(_spec(one) for one in session.outputs)
 
 
-def _distribution(images: NDArray[np.uint8], checked: Checked) -> bundle_pb2.TestDistribution:
+def _spec(tensor: Tensor) -> bundle_pb2.TensorSpec:
+    return bundle_pb2.TensorSpec(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+
+
+def _distribution(data: Dataset, checked: Checked) -> bundle_pb2.TestDistribution:
+    images = dataset.load(data).test.inputs
     with np.load(checked.answers, allow_pickle=False) as answers:
         return agreement.distribution(answers["reference"], images)
 

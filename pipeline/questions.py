@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import UsageError
+from pipeline import pictures
+from pipeline.errors import DatasetError, UsageError
 from pipeline.runtimes import Array, Tensor
 
-PICTURES = (".png", ".jpg", ".jpeg")
-MODES = {1: "L", 3: "RGB"}  # of pictures, by a model's channels
 RANK = 4  # of a batch of images
 ONLY = "arr_0"  # what numpy calls an array without a name
 
@@ -123,32 +121,27 @@ def _load(path: Path) -> dict[str, Array]:
 
 
 def _pictures(folder: Path, taken: Tensor, *, resize: bool) -> Array:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = sorted(path for path in folder.rglob("*") if pictures.is_picture(path))
     if not paths:
         raise UsageError(f"{folder} has no PNG or JPEG file, expected pictures or an .npz file")
-    if len(taken.shape) != RANK or taken.shape[3] not in MODES:
+    if len(taken.shape) != RANK or taken.shape[3] not in pictures.MODES:
         raise UsageError(
             f"the reference takes {list(taken.shape)}, expected images with one channel or three; "
             "give its rows as .npy"
         )
-    height, width, channels = taken.shape[1:]
-    return np.stack([_picture(path, (width, height), MODES[channels], resize) for path in paths])
+    return np.stack([_picture(path, taken.shape[1:], resize=resize) for path in paths])
 
 
-def _picture(path: Path, size: tuple[int, int], mode: str, resize: bool) -> NDArray[np.uint8]:
+def _picture(path: Path, shape: Sequence[int], *, resize: bool) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert(mode)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
-    own = picture.size
-    wanted = size[0] if size[0] > 0 else own[0], size[1] if size[1] > 0 else own[1]
-    if picture.size != wanted:
-        if not resize:
-            raise UsageError(
-                f"{path} is {picture.width} x {picture.height}, the reference takes "
-                f"{wanted[0]} x {wanted[1]}; add --resize to have pictures made to fit"
-            )
-        picture = picture.resize(wanted, Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture, np.uint8)
-    return pixels if pixels.ndim == RANK - 1 else pixels[..., np.newaxis]
+        picture = pictures.read(path, shape[2])
+    except DatasetError as error:
+        raise UsageError(str(error)) from error
+    height = shape[0] if shape[0] > 0 else picture.height
+    width = shape[1] if shape[1] > 0 else picture.width
+    if picture.size != (width, height) and not resize:
+        raise UsageError(
+            f"{path} is {picture.width} x {picture.height}, the reference takes {width} x "
+            f"{height}; add --resize to have pictures made to fit"
+        )
+    return pictures.pixels(pictures.fit(picture, height, width))

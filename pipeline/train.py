@@ -1,17 +1,18 @@
-"""Train with Keras' own loop, a checkpoint every epoch, and go on where an earlier run stopped.
+"""Train a network, keep its state, and go on where an earlier run stopped, to the bit.
 
-What an epoch computes depends on the settings and its number alone: the order of the images and
-every layer's random state are set from (seed, epoch) when it begins. A run that was killed and
-one that was not end with the same weights.
+What a step computes follows from the settings and the variables of a checkpoint alone: the order
+of the rows and their augmentation are keyed by (seed, epoch, step), the schedule by the
+optimizer's own count, dropout by states that are kept with the weights. A run that was killed at
+any moment and one that was not end with the same weights.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,232 +20,357 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
-from pipeline import checkpoint, dataset, device, models
+from pipeline import (
+    augment,
+    checkpoint,
+    dataset,
+    device,
+    engines,
+    feed,
+    models,
+    progress,
+    recipe,
+    splits,
+    stopping,
+)
 from pipeline.config import TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.records import Dataset, Epoch, Trained
 
 log = logging.getLogger(__name__)
 VALIDATION_BATCH_ROWS = 1000
+# What changes neither a step nor the order of steps.
+WITHOUT_EFFECT = {"fresh", "keep", "checkpoint_every_s", "tensorboard", "early_stopping"}
+CODE = (augment, engines, feed, recipe, splits)
 
 
-def fit(data: Dataset, config: TrainingConfig, run: Path) -> Trained:
+def fit(
+    data: Dataset,
+    config: TrainingConfig,
+    run: Path,
+    share: Callable[[float], None] | None = None,
+) -> Trained:
     """Train, or go on training, and keep the epoch with the lowest validation loss.
 
     Args:
-        data: prepared images.
+        data: prepared rows.
         config: how.
         run: folder for the checkpoints of just these settings, as `run_folder` names it.
+        share: told from time to time which share of the training is done.
 
     Raises:
-        ConfigError: there is no such architecture.
-        TrainingError: the loss is no longer a number.
+        ConfigError: there is no such network, it does not fit the data, or this process is one of
+            several workers.
+        TrainingError: the loss is no longer a number, or `run` has checkpoints of other settings.
+        InterruptedTrainingError: SIGTERM came; the state is saved.
     """
     computes_on = device.prepare()
+    device.reproduce(xla=config.xla)
     folder = run / "checkpoints"
     if config.fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    keras.utils.set_random_seed(config.seed)
-    state = checkpoint.latest(folder)
-    history = state.history if state else ()
-    done = len(history)
-    if state and done >= config.epochs:
-        log.info("all %d epochs of this very run are in %s: nothing to train", done, folder)
-        model = keras.models.load_model(state.path)
+    known = settings(data, config)
+    found = checkpoint.latest(folder, known)
+    training = _Training(data, config, folder, known)
+    history = found.history if found else ()
+    if _is_over(history, config):
+        log.info("all %d epochs of this very run are in %s: nothing to train", len(history), folder)
     else:
-        model = _resumed(state) if state else _fresh(data, config)
+        if found:
+            training.restore(found)
         log.info(
-            "training %s on %s, epochs %d to %d, %d images each",
-            config.architecture, computes_on, done + 1, config.epochs, data.train_rows,
+            "training %s on %s, epochs %d to %d, %d rows each",
+            config.architecture, computes_on, len(history) + 1, config.epochs, data.train_rows,
         )  # fmt: skip
-        history = _fit(model, data, config, folder, history)
-    best = checkpoint.best(history)
-    chosen = checkpoint.of_epoch(folder, best.number)
-    if chosen is None:
-        raise TrainingError(f"{folder} lost epoch {best.number}, its best; train with --fresh")
-    return Trained(
-        path=chosen.path,
-        sha256=chosen.sha256,
-        parameters=model.count_params(),
-        optimizer=model.optimizer.name,
-        device=computes_on,
-        history=history,
-        best_epoch=best.number,
-    )
+        history = training.run(share)
+    return training.result(history, computes_on)
 
 
 def run_folder(runs: Path, preset: str, data: Dataset, config: TrainingConfig) -> Path:
-    """Name the folder of one set of settings: data, training, code and versions of the tools.
+    """Name the folder of one set of settings: data, training, code and versions of the tools."""
+    text = json.dumps(settings(data, config), sort_keys=True)
+    return runs / f"{preset}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    The number of epochs is left out, so that a longer run goes on where a shorter one ended.
+
+def settings(data: Dataset, config: TrainingConfig) -> dict[str, Any]:
+    """Return all that the weights after a given step follow from, as JSON can hold it.
+
+    The number of epochs is left out where no step depends on it, so that a longer run goes on
+    where a shorter one ended.
     """
-    settings = asdict(config)
-    del settings["fresh"], settings["epochs"]
-    here = Path(__file__).parent
-    code = [here / "train.py", here / "dataset.py", *sorted((here / "models").glob("*.py"))]
-    facts: dict[str, Any] = {
-        "data": [data.sha256, data.train_rows, data.validation_share, data.split_seed],
-        "training": settings,
-        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
-        "tools": [tf.__version__, keras.__version__],
+    training = {
+        f"training.{name}": value
+        for name, value in asdict(config).items()
+        if name not in WITHOUT_EFFECT
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return runs / f"{preset}-{digest[:12]}"
+    if config.schedule == "constant" and not config.warmup_share:
+        del training["training.epochs"]
+    code = [Path(__file__), *(Path(str(module.__file__)) for module in CODE)]
+    code.extend(models.files(config.architecture))
+    return {
+        "data": [data.sha256, data.train_rows, data.validation_share, data.split_seed],
+        **training,
+        **{f"code of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in code},
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
 
 
-def _fresh(data: Dataset, config: TrainingConfig) -> keras.Model:
-    shape = dataset.load(data).train.inputs.shape[1:]
-    model = models.build(config.architecture, shape, len(data.labels))
-    model.compile(
-        optimizer=keras.optimizers.Adam(config.learning_rate),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    return model
+class _Training:
+    """A model in training, with everything that a step reads or writes."""
 
-
-def _resumed(state: checkpoint.State) -> keras.Model:
-    log.info("resuming from %s", state.path)
-    return keras.models.load_model(state.path)
-
-
-def _fit(
-    model: keras.Model,
-    data: Dataset,
-    config: TrainingConfig,
-    folder: Path,
-    history: tuple[Epoch, ...],
-) -> tuple[Epoch, ...]:
-    splits = dataset.load(data)
-    done = len(history)
-    steps = -(-len(splits.train.inputs) // config.batch_rows)
-    keeper = _Keeper(folder, history, config.epochs)
-    with _progress() as progress:
-        model.fit(
-            _batches(splits.train, config, done),
-            epochs=config.epochs,
-            initial_epoch=done,
-            steps_per_epoch=steps,
-            validation_data=(splits.validation.inputs, splits.validation.targets),
-            validation_batch_size=VALIDATION_BATCH_ROWS,
-            shuffle=False,
-            verbose=0,
-            callbacks=[_RandomState(config.seed), _Bar(progress, steps, config.epochs), keeper],
-        )
-    return keeper.history
-
-
-def _batches(split: dataset.Split, config: TrainingConfig, done: int) -> tf.data.Dataset:
-    """Return the batches of every epoch still to come, in an order set by (seed, epoch)."""
-    images, labels = tf.constant(split.inputs), tf.constant(split.targets)
-
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(split.inputs)), seed=[config.seed, number]
-        )
-        return tf.data.Dataset.from_tensor_slices(order).batch(config.batch_rows)
-
-    return (
-        tf.data.Dataset.range(done, config.epochs, output_type=tf.int32)
-        .flat_map(epoch)
-        .map(lambda rows: (tf.gather(images, rows), tf.gather(labels, rows)))
-        .prefetch(tf.data.AUTOTUNE)
-    )
-
-
-class _RandomState(keras.callbacks.Callback):
-    """Set each random layer's state from (seed, epoch, place): it is not in a checkpoint."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._seed = seed
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        for place, generator in enumerate(_seed_generators(self.model)):
-            state = np.random.SeedSequence((self._seed, epoch, place)).generate_state(2)
-            generator.state.assign(state)
-
-
-def _seed_generators(model: keras.Model) -> Iterator[keras.random.SeedGenerator]:
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _seed_generators(layer)
-        elif getattr(layer, "seed_generator", None) is not None:
-            yield layer.seed_generator
-
-
-class _Keeper(keras.callbacks.Callback):
-    """Write a checkpoint and a line of log at the end of every epoch."""
-
-    def __init__(self, folder: Path, history: tuple[Epoch, ...], epochs: int) -> None:
-        super().__init__()
+    def __init__(
+        self, data: Dataset, config: TrainingConfig, folder: Path, known: dict[str, Any]
+    ) -> None:
+        self._data = data
+        self._config = config
         self._folder = folder
-        self._epochs = epochs
-        self._started_s = 0.0
-        self.history = history
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._started_s = time.monotonic()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        figures = logs or {}
-        if not np.isfinite(figures["loss"]):
-            raise TrainingError(
-                f"the loss of epoch {epoch + 1} is {figures['loss']}; lower the learning rate"
+        self._known = known
+        self._splits = dataset.load(data)
+        keras.utils.set_random_seed(config.seed)
+        objective = recipe.objective(config, len(data.labels))
+        self._feed = feed.Feed(self._splits.train, config, objective.one_hot)
+        self._mixed = config.mixed_precision and device.computes_in_float16()
+        if config.mixed_precision and not self._mixed:
+            log.info("no GPU here computes in float16: training stays in float32")
+        spread = device.strategy()
+        with spread.scope(), _precision(mixed=self._mixed):
+            self._model = self._network()
+            self._model.compile(
+                optimizer=recipe.optimizer(config, config.epochs * self._feed.steps),
+                loss=objective.loss,
+                metrics=[objective.accuracy] if objective.accuracy else None,
+                # Several replicas take one step at a time: with more, Keras fails.
+                steps_per_execution=(
+                    config.steps_per_execution if spread.num_replicas_in_sync == 1 else 1
+                ),
+                jit_compile=config.xla,
             )
-        done = Epoch(
-            number=epoch + 1,
-            loss=figures["loss"],
-            accuracy=figures["accuracy"],
-            validation_loss=figures["val_loss"],
-            validation_accuracy=figures["val_accuracy"],
-            seconds=time.monotonic() - self._started_s,
+            self._model.optimizer.build(self._model.trainable_variables)
+        self._trackers = [engines.loss_tracker(self._model)]
+        if objective.accuracy:
+            self._trackers.append(objective.accuracy)
+        self._engine = engines.build(self._model, objective, config)
+        self._answer = tf.function(
+            lambda inputs: self._model(inputs, training=False), reduce_retracing=True
         )
-        self.history = (*self.history, done)
-        checkpoint.save(self._folder, self.model, self.history)
-        log.info(
-            "epoch %d of %d: loss %.4f, accuracy %.2f %%; validation %.4f, %.2f %%; "
-            "%.1f s, about %.0f s to go",
-            done.number, self._epochs, done.loss, 100 * done.accuracy,
-            done.validation_loss, 100 * done.validation_accuracy,
-            done.seconds, done.seconds * (self._epochs - done.number),
-        )  # fmt: skip
+        self._history: tuple[Epoch, ...] = ()
+        self._step = 0
+        self._began_s = self._saved_s = time.monotonic()
+        self._measured: list[np.ndarray[Any, Any]] = []
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Take a checkpoint's place.
+
+        Raises:
+            TrainingError: it has other variables than this model.
+        """
+        log.info("resuming from %s", found.arrays)
+        arrays = checkpoint.read_arrays(found)
+        variables = self._variables()
+        if [one.shape for one in arrays] != [tuple(one.shape) for one in variables]:
+            raise TrainingError(
+                f"{found.arrays} has other variables than {self._config.architecture}; "
+                "train with --fresh"
+            )
+        for variable, value in zip(variables, arrays, strict=True):
+            variable.assign(value)
+        self._history, self._step = found.history, found.step
+        self._began_s -= found.seconds
+        if found.step:  # else they are of the epoch before
+            self._measured = arrays[len(arrays) - len(self._metrics()) :]
+
+    def run(self, share: Callable[[float], None] | None) -> tuple[Epoch, ...]:
+        """Train every epoch that is left; return the history of all."""
+        config = self._config
+        bar = progress.Bar(self._feed.steps, config.epochs, config.batch_rows, self._figures, share)
+        with stopping.watched() as self._stopping, bar as self._bar:
+            while not _is_over(self._history, config):
+                self._epoch(len(self._history) + 1)
+        return self._history
+
+    def result(self, history: tuple[Epoch, ...], computes_on: str) -> Trained:
+        """Return the record of the best epoch."""
+        found = checkpoint.latest(self._folder, self._known)
+        if found is None or found.model is None:
+            raise TrainingError(f"{self._folder} lost its best epoch; train with --fresh")
+        parameters, multiply_adds = models.count(self._model)
+        return Trained(
+            path=found.model,
+            sha256=found.model_sha256,
+            parameters=parameters,
+            optimizer=self._config.optimizer,
+            device=computes_on,
+            history=history,
+            best_epoch=checkpoint.best(history).number,
+            multiply_adds=multiply_adds,
+        )
+
+    def _network(self) -> keras.Model:
+        inputs = self._splits.train.inputs
+        outputs = len(self._data.labels) or int(np.prod(self._splits.train.targets.shape[1:]))
+        return models.build(
+            self._config.architecture,
+            inputs.shape[1:],
+            outputs,
+            dtype=str(inputs.dtype),
+            **self._config.architecture_settings,
+        )
+
+    def _epoch(self, number: int) -> None:
+        before = self._step
+        self._engine.train(
+            self._feed.epoch(number, skip=before),
+            self._begin,
+            lambda steps: self._after(number, before + steps),
+        )
+        figures = self._figures()
+        with self._averaged():
+            loss, accuracy = self._validate()
+            done = Epoch(
+                number=number,
+                loss=figures["loss"],
+                accuracy=figures.get("accuracy", 0.0),
+                validation_loss=loss,
+                validation_accuracy=accuracy,
+                seconds=time.monotonic() - self._began_s,
+            )
+            _check(done)
+            self._history, self._step = (*self._history, done), 0
+            if checkpoint.best(self._history) is done:
+                checkpoint.write_model(self._folder, number, self._save_model)
+        self._save()
+        self._tell(done)
+        self._began_s = time.monotonic()
+        if self._stopping.signal:
+            self._stopping.leave()
+
+    def _begin(self) -> None:
+        """Give the metrics back what a resumed epoch had measured before it was stopped."""
+        for metric, value in zip(self._metrics(), self._measured, strict=False):
+            metric.assign(value)
+        self._measured = []
+
+    def _after(self, number: int, step: int) -> None:
+        """Save between two steps, if it is time or somebody asks training to end."""
+        self._step = step
+        self._bar.move(number, step)
+        if step == self._feed.steps:
+            return  # the epoch's own end comes at once
+        asked = bool(self._stopping.signal)
+        if asked or time.monotonic() - self._saved_s >= self._config.checkpoint_every_s:
+            self._save()
+        if asked:
+            self._stopping.leave()
+
+    def _save(self) -> None:
+        checkpoint.write(
+            self._folder,
+            self._known,
+            checkpoint.Position(self._history, self._step, time.monotonic() - self._began_s),
+            [variable.numpy() for variable in self._variables()],
+            self._config.keep,
+        )
+        self._saved_s = time.monotonic()
+
+    def _save_model(self, path: Path) -> None:
+        """Write the model as it is exported: in float32, whatever it was trained in."""
+        if not self._mixed:
+            self._model.save(path)
+            return
+        with _precision(mixed=False):
+            plain = self._network()
+        plain.set_weights(self._model.get_weights())
+        plain.save(path)
+
+    def _variables(self) -> list[Any]:
+        """Return all that a step reads and writes, states of dropout included."""
+        model = self._model
+        return [*model.variables, *model.optimizer.variables, *self._metrics()]
+
+    def _metrics(self) -> list[Any]:
+        return [variable for tracker in self._trackers for variable in tracker.variables]
+
+    def _figures(self) -> dict[str, float]:
+        return {tracker.name: float(tracker.result()) for tracker in self._trackers}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the moving averages (EMA) in the weights' place inside the block, if there are."""
+        variables = self._model.trainable_variables
+        weights = [variable.numpy() for variable in variables]
+        self._model.optimizer.finalize_variable_values(variables)
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, weights, strict=True):
+                variable.assign(value)
+
+    def _validate(self) -> tuple[float, float]:
+        """Return mean loss, without label smoothing, and accuracy on the validation rows."""
+        split = self._splits.validation
+        outputs = np.concatenate(
+            [
+                self._answer(tf.constant(split.inputs[start : start + VALIDATION_BATCH_ROWS]))
+                for start in range(0, len(split.inputs), VALIDATION_BATCH_ROWS)
+            ]
+        ).astype(np.float32)
+        if not self._data.classifies:
+            return float(np.square(outputs - split.targets, dtype=np.float64).mean()), 0.0
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(split.targets, outputs)
+        return float(loss), float((outputs.argmax(axis=1) == split.targets).mean())
+
+    def _tell(self, done: Epoch) -> None:
+        left = self._config.epochs - done.number
+        if self._data.classifies:
+            log.info(
+                "epoch %d of %d: loss %.4f, accuracy %.2f %%; validation %.4f, %.2f %%; "
+                "%.1f s, about %.0f s to go",
+                done.number, self._config.epochs, done.loss, 100 * done.accuracy,
+                done.validation_loss, 100 * done.validation_accuracy,
+                done.seconds, done.seconds * left,
+            )  # fmt: skip
+        else:
+            log.info(
+                "epoch %d of %d: loss %.4g; validation %.4g; %.1f s, about %.0f s to go",
+                done.number, self._config.epochs, done.loss, done.validation_loss,
+                done.seconds, done.seconds * left,
+            )  # fmt: skip
+        if self._config.tensorboard:
+            _write_summary(self._folder.parent / "tensorboard", done)
 
 
-class _Bar(keras.callbacks.Callback):
-    """Move a bar on the terminal; there is none where the output is not a terminal."""
-
-    def __init__(self, progress: Progress, steps: int, epochs: int) -> None:
-        super().__init__()
-        self._progress = progress
-        self._epochs = epochs
-        self._task = progress.add_task("", total=steps, loss="")
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._progress.reset(self._task, description=f"epoch {epoch + 1} of {self._epochs}")
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        loss = f", loss {(logs or {})['loss']:.4f}"
-        self._progress.update(self._task, completed=batch + 1, loss=loss)
+def _is_over(history: tuple[Epoch, ...], config: TrainingConfig) -> bool:
+    if len(history) >= config.epochs:
+        return True
+    if not (config.early_stopping and history):
+        return False
+    return len(history) - checkpoint.best(history).number >= config.early_stopping
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches{task.fields[loss]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+def _check(done: Epoch) -> None:
+    if not np.isfinite(done.loss + done.validation_loss):
+        raise TrainingError(
+            f"the loss of epoch {done.number} is {done.loss}, on validation rows "
+            f"{done.validation_loss}; lower the learning rate"
+        )
+
+
+@contextmanager
+def _precision(*, mixed: bool) -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16" if mixed else "float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _write_summary(folder: Path, done: Epoch) -> None:
+    """Write the figures of an epoch as TensorBoard reads them, which need not be installed."""
+    kind = tf.compat.v1.SummaryMetadata
+    scalar = kind(plugin_data=kind.PluginData(plugin_name="scalars"))
+    with tf.summary.create_file_writer(str(folder)).as_default(step=done.number):
+        for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "seconds"):
+            tf.summary.write(name, tf.constant(getattr(done, name), tf.float32), metadata=scalar)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf import json_format
@@ -36,12 +37,12 @@ ANNOUNCEMENT = "serving on "
 
 
 def ask(staged: Staged, checked: Checked, data: Dataset, folder: Path) -> Path:
-    """Start the server on the staged bundle, ask for every test image, stop it, judge.
+    """Start the server on the staged bundle, ask for every test row, stop it, judge.
 
     Args:
         staged: the bundle to serve.
         checked: the reference's answers, and the file's own.
-        data: its test images.
+        data: its test rows.
         folder: for the report.
 
     Returns:
@@ -55,9 +56,9 @@ def ask(staged: Staged, checked: Checked, data: Dataset, folder: Path) -> Path:
     with np.load(checked.answers, allow_pickle=False) as answers:
         reference, unserved = answers["reference"], answers[checked.served_variant]
     with server(staged.repository) as address:
-        log.info("asking the server on %s for %d images", address, len(test.inputs))
+        log.info("asking the server on %s for %d rows", address, len(test.inputs))
         logits, seconds = _predict(address, staged, test.inputs)
-    report = agreement.compare(
+    report = agreement.compare_by_kind(
         reference,
         logits,
         test.targets,
@@ -70,35 +71,36 @@ def ask(staged: Staged, checked: Checked, data: Dataset, folder: Path) -> Path:
     path = folder / "served.json"
     text = json_format.MessageToJson(report, preserving_proto_field_name=True)
     files.write_whole(path, text.encode())
-    _judge(report, agreement.difference(unserved, logits).max)
+    # Outputs that are no logits may be so large that float32 has no smaller steps.
+    limit = SAME_LOGIT * (1.0 if data.classifies else max(1.0, checked.scale))
+    _judge(report, agreement.difference(unserved, logits).max, limit)
     return path
 
 
-def _predict(
-    address: str, staged: Staged, images: NDArray[np.uint8]
-) -> tuple[NDArray[np.float32], float]:
-    """Return the logits of every image, and the seconds it took once connected."""
+def _predict(address: str, staged: Staged, rows: NDArray[Any]) -> tuple[NDArray[np.float32], float]:
+    """Return the logits, or other outputs, of every row, and the seconds it took once connected."""
     name, number = staged.path.parent.name, staged.path.name
+    output = bundle.checked_output(bundle.read_manifest(staged.path))
     try:
         with Client(address) as client:
             client.wait_ready(START_S)
-            client.predict(images[:BATCH_ROWS], model=name, version=number)
+            client.predict(rows[:BATCH_ROWS], model=name, version=number)
             started_s = time.monotonic()
-            answer = client.predict(images, model=name, version=number)
+            answer = client.predict(rows, model=name, version=number)
             seconds = time.monotonic() - started_s
     except ServiceError as error:
         raise PublishError(f"the staged bundle was not served: {error}") from error
-    return answer.logits.astype(np.float32, copy=False), seconds
+    return answer.outputs[output].astype(np.float32, copy=False), seconds
 
 
-def _judge(report: bundle_pb2.ParityReport, apart: float) -> None:
+def _judge(report: bundle_pb2.ParityReport, apart: float, limit: float) -> None:
     """Refuse what is over its budget, or `apart` from what the file answered without a server."""
     if not report.passed:
         raise ParityError(f"nothing is published, as served: {report.failure}")
-    if not apart <= SAME_LOGIT:
+    if not apart <= limit:
         raise ParityError(
             f"nothing is published: the server's logits are {apart:.3g} from those of the file "
-            f"it loaded, expected at most {SAME_LOGIT:g}"
+            f"it loaded, expected at most {limit:.3g}"
         )
     log.info(
         "served: max |Δlogit| %.2g, agreement %.2f %%: passed",

@@ -26,6 +26,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
+LOGITS = "logits"  # the output that a classifier's parity is measured on
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")  # no zero-padding: one number has one folder
 # What zipfile, zlib and numpy raise when they are given other bytes than they wrote.
@@ -127,6 +128,11 @@ def read_manifest(path: Path) -> bundle_pb2.BundleManifest:
             f"expected {path.parent.name} version {path.name}; a bundle may not be renamed"
         )
     return manifest
+
+
+def checked_output(manifest: bundle_pb2.BundleManifest) -> str:
+    """Return the name of the output that parity is measured on."""
+    return LOGITS if manifest.kind != bundle_pb2.KIND_GENERIC else manifest.outputs[0].name
 
 
 def parse_manifest(content: bytes, source: str) -> bundle_pb2.BundleManifest:

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from protos import parity_pb2
 from service import bundle
+from service.bundle import checked_output
 from service.call import Stream
 from service.errors import (
     InvalidRequestError,
@@ -18,7 +19,6 @@ from service.errors import (
 from service.live import check, cleaned
 from service.repository import Repository, Served
 from service.sampling import OFF, Ring, Sampling, Taken
-from service.version import checked_output
 
 SAMPLE_PAUSE_S = 0.25  # rows gather meanwhile; each message costs the server some 0.3 ms
 WATCH_PAUSE_S = 0.5

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from protos import bundle_pb2
 from service.batcher import Answers, Batcher
+from service.bundle import checked_output
 from service.errors import LimitError, PreconditionError
 from service.live import Key, Live, LiveStore
-from service.version import checked_output
 
 MAX_RINGS = 4  # open at a time
 MAX_RING_BYTES = 16 << 20

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from protos import bundle_pb2, parity_pb2
 from service import agreement, bundle, host
+from service.bundle import LOGITS, checked_output
 from service.errors import BundleError
 from service.model_config import ModelOptions
 from service.session import RUNTIME, Session
 from service.tensors import DTYPE
 
-LOGITS = "logits"  # the output that a classifier's parity is measured on
 PROBABILITIES = "probabilities"  # the one that its clients read
 REAL = "biuf"  # numpy's kinds of dtypes whose values are numbers on a line
 
@@ -82,11 +82,6 @@ def load(path: Path, options: ModelOptions) -> Version:
             session=content.manifest.session,
         ),
     )
-
-
-def checked_output(manifest: bundle_pb2.BundleManifest) -> str:
-    """Return the name of the output that parity is measured on."""
-    return LOGITS if manifest.kind != bundle_pb2.KIND_GENERIC else manifest.outputs[0].name
 
 
 def _check_schema(content: bundle.Bundle, session: Session) -> None:
@@ -179,28 +174,18 @@ def _answer_golden(
                     class_names=list(manifest.labels),
                 )
             extremes = _outputs(session, golden.hostile_inputs, max_batch_rows)
-            hostile = extremes[checked_output(manifest)]
-            report.hostile.rows = len(hostile)
-            report.hostile.max_logit = _largest(golden.hostile_outputs, hostile)
+            agreement.add_hostile(
+                report, golden.hostile_outputs, extremes[checked_output(manifest)]
+            )
     except ValueError as error:
         raise BundleError(
             f"{bundle.shown(content.path)} has an unusable golden set: {error}"
         ) from error
-    agreement.judge(report)
     if manifest.kind != bundle_pb2.KIND_GENERIC and PROBABILITIES in outputs:
         agreement.judge_probabilities(report, answers, outputs[PROBABILITIES])
     report.variant, report.runtime, report.path = "self-check", RUNTIME, bundle.MODEL
     report.size_bytes = len(content.model)
     return report
-
-
-def _largest(reference: NDArray[np.floating], candidate: NDArray[np.floating]) -> float:
-    """Return the largest difference; raises ValueError where numpy would repeat rows instead."""
-    if reference.shape != candidate.shape:
-        raise ValueError(
-            f"hostile outputs have shape {reference.shape}, expected {candidate.shape}"
-        )
-    return agreement.difference(reference, candidate).max
 
 
 def _budget(content: bundle.Bundle) -> agreement.Budget:

@@ -53,9 +53,14 @@ def of_bundle(path: Path, variant: str, rows: int) -> Asked:
     answers = open_model(reference), open_model(candidate, options=session)
     right, wrong = (_logits(model, images) for model in answers)
     found = _worst(right, wrong, images, rows, allowed)
-    known = slice(len(golden.inputs) if budget.precision == "int8" else None)
-    apart = agreement.difference(right[known], wrong[known])
-    decisive = apart.p999 if budget.precision == "int8" else apart.max
+    known = len(golden.inputs)
+    apart = agreement.difference(right[:known], wrong[:known])
+    decisive = apart.p999
+    if budget.precision != "int8":
+        shares = allowed.max_logit / agreement.hostile_limits(allowed, right[known:])
+        wide = shares.reshape(-1, *[1] * (right.ndim - 1))
+        hostile = agreement.difference(right[known:] * wide, wrong[known:] * wide)
+        decisive = max(apart.max, hostile.max)
     return Asked(reference, candidate, found, dict(session.config), allowed, decisive)
 
 
@@ -93,8 +98,9 @@ def _worst(
     apart = np.abs(right.astype(np.float64) - found).max(axis=1)
     apart = np.where(np.isfinite(apart), apart, np.inf)
     flipped = right.argmax(axis=1) != found.argmax(axis=1)
-    unexplained = flipped & (agreement.margins(right) > 2 * allowed.max_logit)
-    return images[np.lexsort((-apart, ~unexplained))[:rows]]
+    if flipped.any():  # a lone output has no margin, and does not flip
+        flipped &= agreement.margins(right) > 2 * allowed.max_logit
+    return images[np.lexsort((-apart, ~flipped))[:rows]]
 
 
 def _logits(model: Model, images: Rows) -> Floats:

@@ -1,7 +1,8 @@
 """The trained model to SavedModel, TFLite and ONNX, in float32 and in fewer bits.
 
 One `tf.function` feeds all, so that a difference between them is the exporter's and not ours:
-uint8 `image` in, float32 `probabilities` and `logits` out, dropout off.
+uint8 `image` in, float32 `probabilities` and `logits` out, dropout off. A model that does not
+classify keeps its own names and dtypes.
 """
 
 import json
@@ -10,19 +11,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from pipeline.errors import ExportError
+from pipeline.config import ExportConfig
+from pipeline.errors import ConfigError, ExportError
 from pipeline.export import calibration, metadata, narrow, onnx, saved_model, tflite
 from pipeline.export.metadata import Metadata
 from pipeline.records import Dataset, Exports, Trained, Variant
 from service import bundle
 
 log = logging.getLogger(__name__)
+BEST = "best"  # to be served: the fastest one that passed
+DEFAULT = ExportConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,10 @@ class Source:
 
     model: keras.Model
     serve: tf.types.experimental.PolymorphicFunction
+    tensors: onnx.Tensors
     saved_model: Path
     onnx: Path
-    images: NDArray[np.uint8]  # for calibration
+    rows: NDArray[Any]  # for calibration
 
 
 Write = Callable[[Source, Path, Metadata], None]
@@ -44,15 +49,37 @@ WRITERS: dict[str, Write] = {
     "tflite-dynamic-range": lambda s, path, about: tflite.write_dynamic_range(
         s.saved_model, path, about
     ),
-    "tflite-int8": lambda s, path, about: tflite.write_int8(s.saved_model, path, about, s.images),
+    "tflite-int8": lambda s, path, about: tflite.write_int8(s.saved_model, path, about, s.rows),
     "tflite-int16x8": lambda s, path, about: tflite.write_int16x8(
-        s.saved_model, path, about, s.images
+        s.saved_model, path, about, s.rows
     ),
-    "onnx-float32": lambda s, path, about: onnx.write(s.serve, path, about),
+    "onnx-float32": lambda s, path, about: onnx.write(s.serve, path, about, s.tensors),
     "onnx-float16": lambda s, path, about: narrow.write_float16(s.onnx, path, about),
-    "onnx-int8": lambda s, path, about: narrow.write_int8(s.onnx, path, about, s.images),
+    "onnx-int8": lambda s, path, about: narrow.write_int8(s.onnx, path, about, s.rows),
 }
+SOURCES = ("saved-model", "onnx-float32")  # of the others: without them there are none
 CALIBRATED = {"tflite-int8", "tflite-int16x8", "onnx-int8"}
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all variants, in the order of the table."""
+    return tuple(WRITERS)
+
+
+def check_config(config: ExportConfig) -> None:
+    """Refuse variants that there are not, before anything is trained.
+
+    Raises:
+        ConfigError: one is unknown, or is to be served and is no ONNX one.
+    """
+    unknown = [name for name in config.required if name not in WRITERS]
+    if unknown:
+        raise ConfigError(
+            f"export.required names {', '.join(unknown)}, expected some of {', '.join(WRITERS)}"
+        )
+    served = [BEST, *(name for name in WRITERS if name.startswith("onnx-"))]
+    if config.serve not in served:
+        raise ConfigError(f"export.serve is {config.serve!r}, expected one of {', '.join(served)}")
 
 
 def plan(folder: Path) -> tuple[Variant, ...]:
@@ -80,19 +107,30 @@ def plan(folder: Path) -> tuple[Variant, ...]:
     )
 
 
-def convert(trained: Trained, data: Dataset, folder: Path, run: str) -> Exports:
-    """Export the trained model in every variant; leave out what cannot be and is not required.
+def convert(
+    trained: Trained,
+    data: Dataset,
+    folder: Path,
+    run: str,
+    config: ExportConfig = DEFAULT,
+) -> Exports:
+    """Export the trained model in every variant; leave out what cannot be, with its reason.
 
     Args:
         trained: the original.
         data: what it learnt from, for the labels and for calibration.
         folder: emptied first.
         run: what to call this run in the metadata of every file.
+        config: which variants are required; `pipeline.parity` refuses a run without them, once
+            it has reported them all.
 
     Raises:
-        ExportError: a required variant cannot be written, a file does not say the right labels, or
-            the original is no longer the file that was trained.
+        ConfigError: there are no such variants.
+        ExportError: the model does not take its data, a variant that others are made from cannot
+            be written, a file does not say the right labels, or the original is no longer the file
+            that was trained.
     """
+    check_config(config)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     digest = bundle.file_sha256(trained.path)
@@ -104,13 +142,19 @@ def convert(trained: Trained, data: Dataset, folder: Path, run: str) -> Exports:
     chosen = calibration.choose(data)
     calibration.write(chosen, data, folder / "calibration.json")
     model = keras.models.load_model(trained.path)
-    planned = {variant.name: variant for variant in plan(folder)}
+    needed = {*config.required, config.serve}
+    planned = {
+        one.name: replace(one, required=one.required or one.name in needed) for one in plan(folder)
+    }
+    serve = serving_function(model) if data.classifies else generic_function(model)
+    _check_input(serve, chosen.images, data)
     source = Source(
         model=model,
-        serve=serving_function(model),
+        serve=serve,
+        tensors=onnx.CLASSIFIER if data.classifies else onnx.tensors_of(serve),
         saved_model=planned["saved-model"].path,
         onnx=planned["onnx-float32"].path,
-        images=chosen.images,
+        rows=chosen.images,
     )
     about = Metadata.of(trained, data, run)
     written = []
@@ -126,29 +170,74 @@ def convert(trained: Trained, data: Dataset, folder: Path, run: str) -> Exports:
         if not written[-1].failure:
             metadata.check(written[-1], data, digest)
     log.info("exported SavedModel, TFLite and ONNX to %s", folder)
-    return Exports(tuple(written), parent_sha256=digest, calibration=folder / "calibration.json")
+    whole = tuple(_in_range(written, source))
+    return Exports(whole, parent_sha256=digest, calibration=folder / "calibration.json")
 
 
 def serving_function(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:
-    """Return the one function that every format is made from."""
-    shape = (None, *model.inputs[0].shape[1:])
+    """Return the one function that every format of a classifier is made from.
+
+    Whatever dtype the model takes its pixels in, the function takes uint8: the cast is inside.
+    """
+    taken = model.inputs[0]
+    shape = (None, *taken.shape[1:])
 
     @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, name="image")])
     def serve(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = model(image, training=False)
+        logits = model(tf.cast(image, taken.dtype), training=False)
+        logits = tf.cast(logits, tf.float32)
         return {"probabilities": tf.nn.softmax(logits), "logits": logits}
 
     return serve
 
 
+def generic_function(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:
+    """Return the same of a model that does not classify: its own tensors, by their own names."""
+    taken = model.inputs[0]
+    output = (getattr(model, "output_names", None) or [model.layers[-1].name])[0]
+
+    @tf.function(
+        input_signature=[tf.TensorSpec((None, *taken.shape[1:]), taken.dtype, name=taken.name)]
+    )
+    def serve(rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {output: model(rows, training=False)}
+
+    return serve
+
+
+def _check_input(
+    serve: tf.types.experimental.PolymorphicFunction, rows: NDArray[Any], data: Dataset
+) -> None:
+    """Refuse a model that takes other rows than its data have."""
+    (taken,) = serve.input_signature
+    if not taken.shape.is_compatible_with(rows.shape) or taken.dtype != rows.dtype:
+        raise ExportError(
+            f"the model takes {taken.dtype.name} of shape {taken.shape.as_list()}, {data.name} has "
+            f"{rows.dtype} of shape {list(rows.shape)}"
+        )
+
+
 def _write(variant: Variant, source: Source, texts: Metadata) -> Variant:
-    """Write one file; return the variant with the failure if it may fail and did."""
+    """Write one file; return the variant with the failure if it did and others need it not."""
     try:
         WRITERS[variant.name](source, variant.path, texts)
     except ExportError as error:
-        if variant.required:
+        if variant.name in SOURCES:
             raise
-        log.warning("%s is left out: %s", variant.name, error)
-        variant.path.unlink(missing_ok=True)
-        return replace(variant, failure=str(error))
+        return _left_out(variant, str(error))
     return variant
+
+
+def _in_range(variants: list[Variant], source: Source) -> list[Variant]:
+    """Leave out the float16 variants of a model that float16 cannot hold."""
+    halves = [one.name for one in variants if one.precision == "float16" and not one.failure]
+    failure = narrow.overflow(source.onnx, source.rows) if halves else ""
+    if not failure:
+        return variants
+    return [_left_out(one, failure) if one.name in halves else one for one in variants]
+
+
+def _left_out(variant: Variant, failure: str) -> Variant:
+    log.warning("%s is left out: %s", variant.name, failure)
+    variant.path.unlink(missing_ok=True)
+    return replace(variant, failure=failure)

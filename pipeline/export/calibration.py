@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,30 +13,49 @@ from pipeline import dataset
 from pipeline.records import Dataset
 
 ROWS_PER_CLASS = 50
+FEWEST_PER_CLASS = 10  # where the class has them, however few another one has
+MAX_ROWS = 1000  # of all; every one of them goes through the model on one core
+ROWS = 500  # where there are no classes
 SEED = 42
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Real images, as many of every class: uint8 (rows, height, width, channels)."""
+    """Real rows, as many of every class.
 
-    images: NDArray[np.uint8]
-    rows: NDArray[np.intp]  # their positions among the training images, rising
+    Images uint8 (rows, height, width, channels); float32 (rows, …) of what does not classify.
+    """
+
+    images: NDArray[Any]
+    rows: NDArray[np.intp]  # their positions among the training rows, rising
     sha256: str  # of their bytes, one after the other
 
 
 def choose(data: Dataset) -> Calibration:
     """Draw `ROWS_PER_CLASS` images of every class, or as many as the smallest class has.
 
-    The same data always give the same images.
+    Where there are no classes, `ROWS` rows of all. The same data always give the same rows.
     """
     train = dataset.load(data).train
-    classes = [np.flatnonzero(train.targets == label) for label in range(len(data.labels))]
-    count = min(ROWS_PER_CLASS, *map(len, classes))
     random = np.random.default_rng(SEED)
-    rows = np.sort(np.concatenate([random.permutation(mine)[:count] for mine in classes]))
+    if data.classifies:
+        drawn = _of_every_class(train.targets, len(data.labels), random)
+    else:
+        drawn = random.permutation(len(train.inputs))[:ROWS]
+    rows = np.sort(drawn)
     images = np.ascontiguousarray(train.inputs[rows])
     return Calibration(images, rows, hashlib.sha256(images.tobytes()).hexdigest())
+
+
+def _of_every_class(
+    targets: NDArray[Any], labels: int, random: np.random.Generator
+) -> NDArray[np.intp]:
+    classes = [np.flatnonzero(targets == label) for label in range(labels)]
+    there = [mine for mine in classes if len(mine)]
+    smallest = max(FEWEST_PER_CLASS, min(map(len, there)))
+    count = max(1, min(ROWS_PER_CLASS, smallest, MAX_ROWS // len(there)))
+    drawn = np.concatenate([random.permutation(mine)[:count] for mine in there])
+    return drawn if len(drawn) <= MAX_ROWS else random.permutation(drawn)[:MAX_ROWS]
 
 
 def write(chosen: Calibration, data: Dataset, path: Path) -> None:

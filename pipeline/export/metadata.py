@@ -13,6 +13,8 @@ from pipeline.records import Dataset, Trained, Variant
 
 TOOLS = ("tensorflow", "keras", "tf2onnx", "onnx")
 METADATA = "metadata.json"
+IMAGES = "none: uint8 0 to 255 in, scaling is part of the graph"
+NUMBERS = "none: the data's own numbers in"
 EXTRA = "assets.extra"  # where TensorFlow Serving too looks for what is not a graph
 
 
@@ -28,7 +30,7 @@ class Metadata:
         return cls(
             {
                 "labels": json.dumps(data.labels),
-                "preprocessing": "none: uint8 0 to 255 in, scaling is part of the graph",
+                "preprocessing": IMAGES if data.classifies else NUMBERS,
                 "dataset.name": data.name,
                 "dataset.sha256": data.sha256,
                 "dataset.license": data.license,

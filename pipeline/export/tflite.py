@@ -2,15 +2,15 @@
 
 Their metadata is a zip archive after the flatbuffer, as TFLite's own metadata tools leave it: the
 runtime reads from the front, `unzip -p model.tflite metadata.json` from the back. Whatever is
-inside, the input stays uint8 and the outputs float32: no client has to know a scale.
+inside, input and outputs stay what they are in the SavedModel: no client has to know a scale.
 """
 
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
@@ -52,42 +52,38 @@ def write_dynamic_range(saved_model: Path, path: Path, metadata: Metadata) -> No
     _save(converter, path, metadata)
 
 
-def write_int8(
-    saved_model: Path, path: Path, metadata: Metadata, images: NDArray[np.uint8]
-) -> None:
-    """Compute in int8, by the ranges that layers have on the images.
+def write_int8(saved_model: Path, path: Path, metadata: Metadata, rows: NDArray[Any]) -> None:
+    """Compute in int8, by the ranges that layers have on the rows.
 
     Args:
         saved_model: the folder.
         path: to write.
         metadata: of the new file.
-        images: uint8 (rows, height, width, channels).
+        rows: for calibration, as the model takes them.
 
     Raises:
         ExportError: the model needs an operator that TFLite does not have in int8.
     """
     converter = _converter(saved_model)
-    _calibrate(converter, images)
+    _calibrate(converter, rows)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     _save(converter, path, metadata)
 
 
-def write_int16x8(
-    saved_model: Path, path: Path, metadata: Metadata, images: NDArray[np.uint8]
-) -> None:
+def write_int16x8(saved_model: Path, path: Path, metadata: Metadata, rows: NDArray[Any]) -> None:
     """Compute with int16 between layers and int8 weights; what has no such kernel stays float32.
 
     Args:
         saved_model: the folder.
         path: to write.
         metadata: of the new file.
-        images: as for `write_int8`.
+        rows: as for `write_int8`.
 
     Raises:
         ExportError: as for `write`.
     """
     converter = _converter(saved_model)
-    _calibrate(converter, images)
+    _calibrate(converter, rows)
     # Alone, the first refuses the cast from uint8.
     converter.target_spec.supported_ops = [INT16X8, tf.lite.OpsSet.TFLITE_BUILTINS]
     _save(converter, path, metadata)
@@ -99,10 +95,10 @@ def _converter(saved_model: Path) -> tf.lite.TFLiteConverter:
     return converter
 
 
-def _calibrate(converter: tf.lite.TFLiteConverter, images: NDArray[np.uint8]) -> None:
-    def batches() -> Iterator[dict[str, NDArray[np.uint8]]]:
-        for start in range(len(images)):
-            yield {"image": images[start : start + 1]}
+def _calibrate(converter: tf.lite.TFLiteConverter, rows: NDArray[Any]) -> None:
+    def batches() -> Iterator[list[NDArray[Any]]]:
+        for start in range(len(rows)):
+            yield [rows[start : start + 1]]  # its only input
 
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = batches

@@ -4,16 +4,31 @@ import keras
 from keras import layers
 
 
-def conv10_dropout(shape: tuple[int, int, int], classes: int) -> keras.Model:
-    """3 x 3 convolution with 10 kernels, 2 x 2 max pooling, dropout 0.5, dense 100.
+def conv10(shape: tuple[int, ...] = (28, 28, 1), outputs: int = 10) -> keras.Model:
+    """10 kernels, pool, dense 100."""
+    image, x = _convolved(shape)
+    return _answered(image, x, outputs, "conv10")
 
-    197,210 parameters and 0.27 million multiply-adds for 28 x 28 x 1 and ten classes.
-    """
+
+def conv10_dropout(
+    shape: tuple[int, ...] = (28, 28, 1), outputs: int = 10, *, dropout: float = 0.5
+) -> keras.Model:
+    """10 kernels, pool, dropout, dense 100."""
+    image, x = _convolved(shape)
+    x = layers.Dropout(dropout, name="dropout")(x)
+    return _answered(image, x, outputs, "conv10_dropout")
+
+
+def _convolved(shape: tuple[int, ...]) -> tuple[keras.KerasTensor, keras.KerasTensor]:
     image = keras.Input(shape, dtype="uint8", name="image")
     x = layers.Rescaling(1 / 255, name="scale")(image)
     x = layers.Conv2D(10, 3, padding="same", activation="relu", name="conv")(x)
     x = layers.MaxPooling2D(2, name="pool")(x)
-    x = layers.Flatten(name="flatten")(x)
-    x = layers.Dropout(0.5, name="dropout")(x)
+    return image, layers.Flatten(name="flatten")(x)
+
+
+def _answered(
+    image: keras.KerasTensor, x: keras.KerasTensor, outputs: int, name: str
+) -> keras.Model:
     x = layers.Dense(100, activation="relu", name="dense")(x)
-    return keras.Model(image, layers.Dense(classes, name="logits")(x), name="conv10_dropout")
+    return keras.Model(image, layers.Dense(outputs, name="logits")(x), name=name)

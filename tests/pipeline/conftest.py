@@ -9,8 +9,9 @@ from dataclasses import replace
 import keras
 import pytest
 
-from pipeline import dataset, evaluate, export, parity, train
+from pipeline import cost, dataset, evaluate, export, parity, train
 from pipeline.config import DataConfig, GateConfig, TrainingConfig
+from pipeline.cost import Cost
 from pipeline.records import Checked, Dataset, Exports, Scores, Trained
 from service import bundle
 
@@ -20,6 +21,16 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if {"trained", "straight", "overflowing"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+def free(variant, rows, options) -> Cost:
+    """Say what a variant costs without measuring it."""
+    return Cost(0.01, 1, {size: [0.001 * size] for size in cost.BATCHES})
+
+
+@pytest.fixture(scope="session")
+def no_cost():
+    return free
 
 
 DATA = DataConfig(max_train_rows=6_000)  # with fewer, an int8 step is as wide as many margins
@@ -48,7 +59,8 @@ def exports(trained, data, tmp_path_factory) -> Exports:
 
 @pytest.fixture(scope="session")
 def checked(trained, exports, data, scores, tmp_path_factory) -> Checked:
-    return parity.check(trained, exports, data, tmp_path_factory.mktemp("parity"), scores)
+    folder = tmp_path_factory.mktemp("parity")
+    return parity.check(trained, exports, data, folder, scores, measure_cost=free)
 
 
 @pytest.fixture(scope="session")
@@ -69,4 +81,5 @@ def overflowing(trained, data, tmp_path_factory) -> tuple[Trained, Scores, Expor
     large = replace(trained, path=path, sha256=bundle.file_sha256(path))
     scores = evaluate.score(large, data, GateConfig(min_accuracy=0.3))
     exports = export.convert(large, data, folder / "exports", "run-1")
-    return large, scores, exports, parity.check(large, exports, data, folder / "parity", scores)
+    found = parity.check(large, exports, data, folder / "parity", scores, measure_cost=free)
+    return large, scores, exports, found

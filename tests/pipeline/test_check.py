@@ -150,7 +150,7 @@ def test_outputs_that_are_no_logits_are_judged_by_their_differences(saved, candi
     [
         ("model.onnx", b"", "cannot be loaded"),
         ("model.onnx", b"\x08\x07", "cannot be loaded"),
-        ("model.tflite", b"TFL3", "cannot be run by TFLite's runtime"),
+        ("model.tflite", b"TFL3", "cannot be loaded: TFLite's runtime says: "),
         ("model.pt", b"", "is a .pt file, expected .onnx or .tflite"),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_configuration_cannot_be_changed():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="preset is 'huge', expected one of smoke, quick"):
+    with pytest.raises(ConfigError, match="preset is 'huge', expected one of smoke, quick, acc"):
         config.build("huge")
 
 

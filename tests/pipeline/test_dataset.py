@@ -1,24 +1,29 @@
-import gzip
 import hashlib
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import dataset
+from pipeline import dataset, fashion_mnist, idx
 from pipeline.config import DataConfig
 from pipeline.errors import DatasetError
 
-IMAGES = "t10k-images-idx3-ubyte"
+RANDOM = np.random.default_rng(0)
+X = RANDOM.integers(0, 256, (20, 6, 5), np.uint8)
+Y = np.arange(20) % 2
 
 
-@pytest.fixture
-def folder(data, tmp_path):
-    """A folder of its own with the four real files."""
-    return shutil.copytree(data.folder, tmp_path / "files")
+def files(folder):
+    return {path.name for path in folder.iterdir() if "idx" in path.name}
+
+
+def refusal(config, cache):
+    with pytest.raises(DatasetError) as caught:
+        dataset.prepare(config, cache)
+    return str(caught.value)
 
 
 def test_all_seventy_thousand_images_are_there():
@@ -28,7 +33,7 @@ def test_all_seventy_thousand_images_are_there():
 
 
 def test_the_digest_is_of_the_four_files_one_after_the_other(data):
-    content = b"".join((data.folder / name).read_bytes() for name in dataset.SHA256)
+    content = b"".join((data.folder / name).read_bytes() for name in fashion_mnist.SHA256)
 
     assert data.sha256 == hashlib.sha256(content).hexdigest()
 
@@ -42,173 +47,251 @@ def test_images_are_whole_pixels_with_one_channel(data):
     assert list(splits.test.targets[:4]) == [9, 2, 1, 1]  # ankle boot, pullover, two trousers
 
 
-def test_every_class_has_its_share_on_either_side():
-    labels = np.repeat(np.arange(10, dtype=np.uint8), 6_000)
-
-    train, validation = dataset.split(labels, DataConfig())
-
-    assert (np.bincount(labels[train]) == 4_800).all()
-    assert (np.bincount(labels[validation]) == 1_200).all()
-
-
-@given(
-    labels=st.lists(st.integers(0, 3), min_size=1, max_size=60),
-    share=st.floats(0, 1),
-    seed=st.integers(0, 5),
-)
-def test_no_image_is_on_both_sides_and_none_is_lost(labels, share, seed):
-    array = np.array(labels, np.uint8)
-
-    train, validation = dataset.split(array, DataConfig(validation_share=share, split_seed=seed))
-
-    assert sorted([*train, *validation]) == list(range(len(labels)))
-
-
-def test_the_split_follows_from_the_seed_alone():
-    labels = np.repeat(np.arange(10, dtype=np.uint8), 20)
-
-    first, again = (dataset.split(labels, DataConfig()) for _ in range(2))
-    other = dataset.split(labels, DataConfig(split_seed=43))
-
-    assert np.array_equal(first[1], again[1])
-    assert not np.array_equal(first[1], other[1])
-
-
-def test_fewer_training_images_leave_the_validation_images_alone():
-    labels = np.repeat(np.arange(10, dtype=np.uint8), 100)
-
-    all_train, all_validation = dataset.split(labels, DataConfig())
-    few_train, few_validation = dataset.split(labels, DataConfig(max_train_rows=50))
-
-    assert np.array_equal(all_validation, few_validation)
-    assert len(few_train) == 50
-    assert set(few_train) < set(all_train)
-
-
-def test_a_folder_of_packed_files_is_taken(folder, data, tmp_path):
-    for name in dataset.SHA256:
-        (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes(), 1))
-        (folder / name).unlink()
-
-    prepared = dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
-
-    assert prepared.sha256 == data.sha256
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_cut_file_is_refused_by_name_and_nothing_of_it_stays(folder, tmp_path, suffix):
-    content = (folder / IMAGES).read_bytes()
-    (folder / IMAGES).unlink()
-    packed = gzip.compress(content, 1) if suffix else content
-    (folder / f"{IMAGES}{suffix}").write_bytes(packed[:-1000])
-
-    with pytest.raises(DatasetError, match=f"{IMAGES}{suffix}.*damaged"):
-        dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
-
-    kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert not [name for name in kept if IMAGES in name]
-
-
-def test_another_data_set_of_the_same_form_is_refused_by_name(folder, tmp_path):
-    content = bytearray((folder / IMAGES).read_bytes())
-    content[5_000] ^= 1
-    (folder / IMAGES).write_bytes(content)
-
-    with pytest.raises(DatasetError, match=f"{IMAGES} has 7840016 bytes with sha256"):
-        dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
-
-
-def test_a_packed_file_that_never_ends_is_refused_without_unpacking_it_all(folder, tmp_path):
-    (folder / IMAGES).unlink()
-    with gzip.open(folder / f"{IMAGES}.gz", "wb", 1) as file:
-        file.write(bytes(dataset.MAX_FILE_BYTES * 3))
-
-    with pytest.raises(DatasetError, match=f"has {dataset.MAX_FILE_BYTES + 1} bytes"):
-        dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
-
-
-def test_a_folder_without_the_files_is_refused_by_the_first_that_is_missing(tmp_path):
-    with pytest.raises(DatasetError, match="has neither train-images-idx3-ubyte nor"):
-        dataset.prepare(DataConfig(source=tmp_path), tmp_path / "cache")
-
-
-def test_a_damaged_file_in_the_cache_is_named_and_removed(folder, caplog):
-    (folder / IMAGES).write_bytes(b"half")
-
-    assert not dataset.is_cached(folder)
-    assert IMAGES in caplog.text
-    assert not (folder / IMAGES).exists()
-
-
-def test_a_whole_cache_is_enough(folder, data, tmp_path):
-    dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
-    shutil.rmtree(folder)
-
-    assert dataset.prepare(DataConfig(), tmp_path / "cache").sha256 == data.sha256
-
-
-def test_images_that_change_during_a_run_are_noticed(folder, data, tmp_path):
-    prepared = dataset.prepare(DataConfig(source=folder), tmp_path / "cache")
-    (prepared.folder / IMAGES).write_bytes(b"other")
-
-    with pytest.raises(DatasetError, match="changed during the run"):
-        dataset.load(prepared)
+@pytest.fixture
+def npz(tmp_path):
+    np.savez(tmp_path / "some.npz", x_train=X, y_train=Y, x_test=X[:5], y_test=Y[:5])
+    return tmp_path / "some.npz"
 
 
 @pytest.fixture
-def arrays(data):
-    """The four files as arrays, as Keras' download gives them."""
-    contents = [(data.folder / name).read_bytes() for name in dataset.SHA256]
-    images = [np.frombuffer(contents[i], np.uint8, offset=16).reshape(-1, 28, 28) for i in (0, 2)]
-    labels = [np.frombuffer(contents[i], np.uint8, offset=8) for i in (1, 3)]
-    return [images[0], labels[0], images[1], labels[1]]
+def idx_folder(tmp_path):
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for part, array in zip(idx.PARTS, (X, Y.astype("u1"), X[:5], Y[:5].astype("u1")), strict=True):
+        (folder / idx.name(part, array)).write_bytes(idx.encode(array))
+    return folder
 
 
-def test_arrays_become_the_very_files_they_were_read_from(arrays, data):
-    for name, content in dataset.as_idx(arrays):
-        assert content == (data.folder / name).read_bytes()
+@pytest.fixture
+def picture_folder(tmp_path):
+    for number, (image, label) in enumerate(zip(X, Y, strict=True)):
+        path = tmp_path / "animals" / ("cat", "dog")[label] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return tmp_path / "animals"
 
 
-def test_a_download_with_one_wrong_pixel_is_refused(arrays):
-    arrays[0] = arrays[0].copy()
-    arrays[0][17, 3, 4] ^= 1
+def test_an_npz_is_kept_as_four_files_and_read_back(npz, tmp_path):
+    prepared = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
 
-    with pytest.raises(DatasetError, match="train-images-idx3-ubyte"):
-        list(dataset.as_idx(arrays))
+    splits = dataset.load(prepared)
 
-
-def test_apt_is_only_asked_where_it_can_be(tmp_path):
-    with pytest.raises(DatasetError, match="it needs root on Debian or Ubuntu"):
-        list(dataset.install_with_apt(user=1000))
-
-
-def test_every_place_that_was_tried_is_named_when_none_has_the_data(tmp_path):
-    def offline():
-        raise DatasetError("it failed (no network)")
-        yield
-
-    with pytest.raises(DatasetError) as refused:
-        dataset.find(tmp_path, (("a folder", lambda: dataset.read_folder(tmp_path)),
-                                ("a download", offline)))  # fmt: skip
-
-    assert "a folder: " in str(refused.value)
-    assert "a download: it failed (no network)" in str(refused.value)
-    assert "--data DIR" in str(refused.value)
+    assert (prepared.name, prepared.labels, prepared.license) == ("some", ("0", "1"), "")
+    assert (prepared.train_rows, prepared.validation_rows, prepared.test_rows) == (16, 4, 5)
+    assert np.array_equal(splits.test.inputs[..., 0], X[:5])
+    assert splits.train.inputs.shape == (16, 6, 5, 1)
+    content = b"".join(idx.find(prepared.folder, part).read_bytes() for part in idx.PARTS)
+    assert prepared.sha256 == hashlib.sha256(content).hexdigest()
 
 
-def test_the_first_place_that_has_the_data_is_the_last_that_is_asked(folder, data, tmp_path):
-    def untouched():
-        raise AssertionError
-        yield
+def test_idx_files_are_taken_as_they_are_and_named_by_a_file_of_labels(idx_folder, tmp_path):
+    (idx_folder / "labels.txt").write_text("even\nodd\n")
 
-    dataset.find(
-        tmp_path / "cache",
-        (("nothing", lambda: dataset.read_folder(tmp_path / "nothing")),
-         ("files", lambda: dataset.read_folder(folder)),
-         ("more", untouched)),
-    )  # fmt: skip
+    prepared = dataset.prepare(DataConfig(kind="idx", source=idx_folder), tmp_path / "cache")
 
-    assert dataset.is_cached(tmp_path / "cache")
+    assert (prepared.name, prepared.labels) == ("digits", ("even", "odd"))
+    assert np.array_equal(dataset.load(prepared).test.targets, Y[:5])
+
+
+def test_idx_files_that_are_not_fashion_mnist_are_refused_with_the_way_out(idx_folder, tmp_path):
+    assert "is damaged or not a file of fashion-mnist; for other IDX files set data.kind=idx" in (
+        refusal(DataConfig(source=idx_folder), tmp_path / "cache")
+    )
+
+
+def test_pictures_are_told_from_other_folders(picture_folder, tmp_path):
+    prepared = dataset.prepare(DataConfig(source=picture_folder), tmp_path / "cache")
+
+    assert prepared.labels == ("cat", "dog")
+    assert (prepared.train_rows, prepared.validation_rows, prepared.test_rows) == (12, 4, 4)
+    assert files(prepared.folder) == {
+        "train-images-idx4-ubyte", "train-labels-idx1-ubyte",
+        "t10k-images-idx4-ubyte", "t10k-labels-idx1-ubyte",
+    }  # fmt: skip
+
+
+def test_the_line_is_six_points_that_are_also_validated_on(tmp_path):
+    prepared = dataset.prepare(DataConfig(kind="line"), tmp_path)
+
+    splits = dataset.load(prepared)
+
+    assert not prepared.classifies
+    assert splits.train.inputs.ravel().tolist() == [-1, 0, 1, 2, 3, 4]
+    assert splits.train.targets.ravel().tolist() == [-3, -1, 1, 3, 5, 7]
+    assert np.array_equal(splits.validation.inputs, splits.train.inputs)
+    assert splits.test.inputs.shape == splits.test.targets.shape == (201, 1)
+    assert (splits.test.inputs.min(), splits.test.inputs.max()) == (-10, 10)
+    assert {part.dtype for part in (splits.test.inputs, splits.test.targets)} == {np.dtype("f4")}
+    assert prepared.findings[0].startswith("the training rows are also the validation rows")
+    assert prepared.findings[1].startswith("6 of 201 test rows are training rows too")
+
+
+def test_what_has_not_changed_is_not_read_again(npz, tmp_path, caplog):
+    caplog.set_level("INFO")
+    first = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+    caplog.clear()
+
+    assert dataset.prepare(DataConfig(source=npz), tmp_path / "cache") == first
+    assert not caplog.text
+
+
+def test_what_has_changed_goes_into_a_folder_of_its_own(npz, tmp_path):
+    first = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+    np.savez(npz, x_train=255 - X, y_train=Y, x_test=X[:5], y_test=Y[:5])
+
+    second = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+
+    assert first.folder != second.folder
+    assert dataset.load(first).train.inputs.sum() != dataset.load(second).train.inputs.sum()
+
+
+def test_other_settings_for_pictures_make_another_folder(picture_folder, tmp_path):
+    configs = (DataConfig(source=picture_folder), DataConfig(source=picture_folder, size=(4, 4)))
+
+    first, second = (dataset.prepare(one, tmp_path / "cache") for one in configs)
+
+    assert first.folder != second.folder
+    assert dataset.load(second).train.inputs.shape[1:] == (4, 4, 1)
+
+
+@pytest.mark.parametrize("damage", ["dataset.json", "t10k-images-idx3-ubyte"])
+def test_a_damaged_folder_in_the_cache_is_made_again(npz, tmp_path, caplog, damage):
+    first = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+    (first.folder / damage).write_bytes(b"{")
+
+    assert dataset.prepare(DataConfig(source=npz), tmp_path / "cache") == first
+    assert "is damaged; it is made again" in caplog.text
+
+
+def test_runs_that_keep_the_same_at_once_leave_it_whole(npz, tmp_path):
+    def run(_):
+        return dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(run, range(8))
+
+    assert all(one == first for one in others)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {first.folder.name}
+
+
+def test_nothing_is_left_of_what_was_refused(npz, tmp_path):
+    np.savez(npz, x_train=X, y_train=Y * 0, x_test=X, y_test=Y * 0)
+
+    assert "of one class" in refusal(DataConfig(source=npz), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_name_cannot_lead_out_of_the_cache(npz, tmp_path):
+    prepared = dataset.prepare(DataConfig(source=npz, name="../../x y"), tmp_path / "cache")
+
+    assert prepared.name == "../../x y"
+    assert prepared.folder.parent == tmp_path / "cache"
+    assert prepared.folder.name.startswith("x-y-")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "said"),
+    [
+        ("npz", None, "data.kind is npz, expected data.source as well"),
+        ("npz", "missing.npz", "is not there, expected the npz data"),
+        ("npz", ".", "cannot be npz data, expected a file"),
+        ("pictures", "some.npz", "cannot be pictures data, expected a folder"),
+        ("idx", ".", "has no file called train-images-idx"),
+        ("pictures", ".", "has no PNG or JPEG file in any subfolder"),
+    ],
+)
+def test_a_source_that_is_not_what_it_should_be_is_refused(npz, tmp_path, kind, source, said):
+    config = DataConfig(kind=kind, source=tmp_path / source if source else None)
+
+    assert said in refusal(config, tmp_path / "cache")
+
+
+def test_a_source_can_be_looked_at_before_anything_else(npz, idx_folder, tmp_path):
+    dataset.verify(DataConfig())
+    dataset.verify(DataConfig(source=npz))
+
+    for config in (DataConfig(source=idx_folder), DataConfig(source=tmp_path / "no.npz")):
+        with pytest.raises(DatasetError):
+            dataset.verify(config)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_a_share_that_leaves_no_validation_rows_is_refused(npz, tmp_path, share):
+    config = DataConfig(source=npz, validation_share=share)
+
+    if share < 0.05:
+        assert "leaves no validation row of 20; raise it" in refusal(config, tmp_path / "cache")
+    else:
+        assert dataset.prepare(config, tmp_path / "cache").validation_rows == 4
+
+
+def test_arrays_are_a_data_set(tmp_path):
+    prepared = dataset.from_arrays(
+        (X, Y),
+        (X[:5], Y[:5]),
+        labels=["even", "odd"],
+        name="mine",
+        config=DataConfig(validation_share=0.0),
+        cache=tmp_path,
+    )
+
+    assert (prepared.name, prepared.labels, prepared.test_rows) == ("mine", ("even", "odd"), 5)
+    assert prepared.findings[1].startswith("5 of 5 test rows are training rows too: test row 0 and")
+
+
+def test_arrays_without_test_rows_are_divided(tmp_path):
+    config = DataConfig(test_share=0.5, validation_share=0.0)
+
+    prepared = dataset.from_arrays((X, Y), config=config, cache=tmp_path)
+
+    assert (prepared.train_rows, prepared.validation_rows, prepared.test_rows) == (10, 10, 10)
+
+
+def test_numbers_to_come_close_to_need_no_shape_but_their_rows(tmp_path):
+    inputs = RANDOM.normal(size=(30, 7, 2))
+
+    prepared = dataset.from_arrays((inputs, inputs[:, 0]), cache=tmp_path)
+    splits = dataset.load(prepared)
+
+    assert prepared.labels == ()
+    assert splits.train.inputs.shape == (19, 7, 2)
+    assert splits.train.targets.shape == (19, 2)
+    assert splits.train.targets.dtype == np.float32
+
+
+def test_the_same_arrays_under_other_names_of_classes_are_another_data_set(tmp_path):
+    first, second = (
+        dataset.from_arrays((X, Y), (X, Y), labels=labels, cache=tmp_path)
+        for labels in (["a", "b"], ["c", "d"])
+    )
+
+    assert first.folder != second.folder
+    assert first.sha256 == second.sha256
+
+
+def test_findings_are_kept_beside_the_files_for_their_own_split(tmp_path):
+    prepared = dataset.from_arrays((X, Y), (X[:5], Y[:5]), cache=tmp_path)
+    (kept,) = prepared.folder.glob("findings-*.json")
+    kept.write_text(json.dumps(["kept"]))
+
+    again = dataset.from_arrays((X, Y), (X[:5], Y[:5]), cache=tmp_path)
+    other = dataset.from_arrays(
+        (X, Y), (X[:5], Y[:5]), cache=tmp_path, config=DataConfig(split_seed=1)
+    )
+
+    assert again.findings == ("kept",)
+    assert other.findings != ("kept",)
+
+
+def test_rows_that_change_during_a_run_are_noticed(npz, tmp_path):
+    prepared = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+    idx.find(prepared.folder, "t10k-images").write_bytes(b"other")
+
+    with pytest.raises(DatasetError, match="changed during the run"):
+        dataset.load(prepared)
+    shutil.rmtree(prepared.folder)
+    with pytest.raises(DatasetError, match="changed during the run"):
+        dataset.load(prepared)
 
 
 def test_there_is_a_picture_of_every_class_to_ask_about(data, tmp_path):
@@ -220,3 +303,35 @@ def test_there_is_a_picture_of_every_class_to_ask_about(data, tmp_path):
     assert len(names) == 10
     assert {"t-shirt-top", "ankle-boot", "trouser"} < set(names)
     assert np.array_equal(trouser, dataset.load(data).test.inputs[2, ..., 0])
+
+
+def test_there_are_pictures_of_at_most_twenty_classes_in_their_own_colours(tmp_path):
+    images = RANDOM.integers(0, 256, (50, 4, 4, 3), np.uint8)
+    labels = ["a/b", "a b", "猫", "!", *map(str, range(4, 25))]
+    prepared = dataset.from_arrays(
+        (images, np.arange(50) % 25), (images, np.arange(50) % 25), labels=labels,
+        config=DataConfig(validation_share=0.0), cache=tmp_path / "cache",
+    )  # fmt: skip
+
+    folder = dataset.write_examples(prepared, tmp_path / "examples")
+
+    names = {path.stem for path in folder.iterdir()}
+    assert names == {"a-b", "a-b-1", "猫", "3", *map(str, range(4, 20))}
+    assert np.array_equal(np.asarray(Image.open(folder / "3.png")), images[3])
+
+
+def test_there_are_no_pictures_of_what_is_none(tmp_path):
+    prepared = dataset.prepare(DataConfig(kind="line"), tmp_path)
+
+    assert not list(dataset.write_examples(prepared, tmp_path / "examples").iterdir())
+
+
+@pytest.mark.slow
+def test_fashion_mnist_has_no_exact_and_twenty_near_copies_of_training_rows_in_its_test_rows():
+    whole = dataset.prepare(DataConfig(validation_share=0.0))
+
+    leaks = [one for one in whole.findings if "test rows" in one]
+
+    assert len(leaks) == 1
+    assert leaks[0].startswith("20 of 10,000 test rows are nearly a training row")
+    assert "test row 436 and training row 24633" in leaks[0]

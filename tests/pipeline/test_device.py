@@ -1,6 +1,10 @@
+from types import SimpleNamespace
+
+import pytest
 import tensorflow as tf
 
 from pipeline import device
+from pipeline.errors import ConfigError
 
 
 def test_the_device_is_the_cpu_unless_there_is_a_gpu():
@@ -13,3 +17,34 @@ def test_products_are_not_rounded_to_ten_bits():
     device.prepare()
 
     assert not tf.config.experimental.tensor_float_32_execution_enabled()
+
+
+def test_one_device_needs_no_strategy():
+    if len(tf.config.list_logical_devices("GPU")) < 2:
+        assert device.strategy().num_replicas_in_sync == 1
+
+
+def test_several_workers_are_refused(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{}")
+
+    with pytest.raises(ConfigError, match="unset it"):
+        device.strategy()
+
+
+def test_no_cpu_computes_in_float16():
+    if not tf.config.list_physical_devices("GPU"):
+        assert not device.computes_in_float16()
+
+
+def test_several_gpus_are_counted_and_named(monkeypatch):
+    gpus = [SimpleNamespace(name=f"GPU:{number}") for number in range(2)]
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: gpus)
+    monkeypatch.setattr(tf.config.experimental, "get_memory_growth", lambda _: True)
+    monkeypatch.setattr(
+        tf.config.experimental,
+        "get_device_details",
+        lambda _: {"device_name": "A", "compute_capability": (8, 0)},
+    )
+
+    assert device.prepare() == "2 x A"
+    assert device.computes_in_float16()

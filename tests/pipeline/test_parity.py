@@ -1,3 +1,5 @@
+import functools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,7 @@ from onnx import numpy_helper
 
 from pipeline import parity
 from pipeline.errors import ParityError
+from protos import bundle_pb2
 from service import agreement
 from service.errors import ModelError
 
@@ -86,6 +89,12 @@ def test_hostile_inputs_are_black_white_two_checkerboards_and_noise():
     assert len(np.unique(images[4:])) == 256
 
 
+@pytest.fixture
+def check(no_cost):
+    """Return the stage, without measuring what variants cost."""
+    return functools.partial(parity.check, measure_cost=no_cost)
+
+
 def only(exports, *variants):
     """Return exports of these alone."""
     return replace(exports, variants=variants)
@@ -123,12 +132,12 @@ def flip_exponent_bit(model, weights):
 
 @pytest.mark.parametrize("change", [drop_bias, double_scale, flip_exponent_bit])
 def test_a_changed_export_fails_the_run_and_its_report_is_kept(
-    trained, exports, data, scores, tmp_path, change
+    check, trained, exports, data, scores, tmp_path, change
 ):
     broken = sabotage(exports, tmp_path, change)
 
     with pytest.raises(ParityError, match=r"onnx-float32: max .Δlogit. is"):
-        parity.check(trained, broken, data, tmp_path / "parity", scores)
+        check(trained, broken, data, tmp_path / "parity", scores)
 
     report = parity.read_report(tmp_path / "parity" / "onnx-float32.json")
     assert not report.passed
@@ -137,7 +146,7 @@ def test_a_changed_export_fails_the_run_and_its_report_is_kept(
 
 
 def test_a_required_file_that_does_not_load_fails_the_run_in_a_sentence(
-    trained, exports, data, scores, tmp_path
+    check, trained, exports, data, scores, tmp_path
 ):
     broken = exports.named("tflite-float32")
     path = tmp_path / "model.tflite"
@@ -147,20 +156,20 @@ def test_a_required_file_that_does_not_load_fails_the_run_in_a_sentence(
         ParityError,
         match=r"published, tflite-float32: model\.tflite cannot be run: TFLite's runtime says: ",
     ):
-        parity.check(
+        check(
             trained, only(exports, exports.named("onnx-float32"), replace(broken, path=path)), data,
             tmp_path / "parity", scores,
         )  # fmt: skip
 
 
 def test_an_optional_file_that_does_not_load_is_reported_and_fails_no_run(
-    trained, exports, data, scores, tmp_path
+    check, trained, exports, data, scores, tmp_path
 ):
     broken = exports.named("onnx-int8")
     path = tmp_path / "model.int8.onnx"
     path.write_bytes(broken.path.read_bytes()[:2_000])
 
-    checked = parity.check(
+    checked = check(
         trained, only(exports, exports.named("onnx-float32"), replace(broken, path=path)), data,
         tmp_path / "parity", scores,
     )  # fmt: skip
@@ -173,11 +182,11 @@ def test_an_optional_file_that_does_not_load_is_reported_and_fails_no_run(
 
 
 def test_what_could_not_be_exported_has_a_report_that_says_why(
-    trained, exports, data, scores, tmp_path
+    check, trained, exports, data, scores, tmp_path
 ):
     gone = replace(exports.named("tflite-int8"), path=tmp_path / "none", failure="no such operator")
 
-    checked = parity.check(
+    checked = check(
         trained, only(exports, exports.named("onnx-float32"), gone), data, tmp_path, scores
     )
 
@@ -190,52 +199,54 @@ def test_weights_beyond_float16_fail_those_variants_and_not_the_run(overflowing)
     reports = {report.variant: report for report in map(parity.read_report, overflowing[3].reports)}
 
     for name in ("tflite-float16", "onnx-float16"):
-        assert "over the float16 budget" in reports[name].failure
+        assert re.search(r"reaches .*, float16 ends at 65504", reports[name].failure)
     assert all(reports[name].passed for name in LOSSLESS)
 
 
-def test_a_variant_that_is_to_be_served_is_required(trained, exports, data, scores, tmp_path):
+def test_a_variant_that_is_to_be_served_is_required(
+    check, trained, exports, data, scores, tmp_path
+):
     gone = replace(exports.named("onnx-int8"), failure="no such operator")
 
     with pytest.raises(ParityError, match="onnx-int8: no such operator"):
-        parity.check(
-            trained, only(exports, gone), data, tmp_path / "parity", scores, served="onnx-int8"
-        )
+        check(trained, only(exports, gone), data, tmp_path / "parity", scores, serve="onnx-int8")
 
 
 def test_the_served_variant_gives_the_budget_that_is_served(
-    trained, exports, data, scores, tmp_path
+    check, trained, exports, data, scores, tmp_path
 ):
-    checked = parity.check(
+    checked = check(
         trained, only(exports, exports.named("onnx-int8")), data, tmp_path, scores, "onnx-int8"
     )
 
     assert (checked.served_variant, checked.precision) == ("onnx-int8", "int8")
 
 
-def test_weights_that_were_not_evaluated_are_refused(trained, exports, data, scores, tmp_path):
+def test_weights_that_were_not_evaluated_are_refused(
+    check, trained, exports, data, scores, tmp_path
+):
     other = replace(scores, sha256="0" * 64)
 
     with pytest.raises(ParityError, match=r"the model exported has sha256 .*0000… was evaluated"):
-        parity.check(trained, exports, data, tmp_path, other)
+        check(trained, exports, data, tmp_path, other)
     with pytest.raises(ParityError, match=r"the model exported has sha256 "):
-        parity.check(trained, replace(exports, parent_sha256="1" * 64), data, tmp_path, scores)
+        check(trained, replace(exports, parent_sha256="1" * 64), data, tmp_path, scores)
 
 
-def test_a_reference_of_other_weights_is_refused(overflowing, exports, data, scores, tmp_path):
+def test_a_reference_of_other_weights_is_refused(
+    check, overflowing, exports, data, scores, tmp_path
+):
     large = overflowing[0]
 
     with pytest.raises(ParityError, match="the model held against them has sha256"):
-        parity.check(large, exports, data, tmp_path, scores)
+        check(large, exports, data, tmp_path, scores)
 
 
 def test_an_accuracy_that_is_not_the_evaluations_is_refused(
-    trained, exports, data, scores, tmp_path
+    check, trained, exports, data, scores, tmp_path
 ):
     with pytest.raises(ParityError, match=r"gets \d+ of 10000 test images right, the"):
-        parity.check(
-            trained, exports, data, tmp_path, replace(scores, correct=scores.correct - 100)
-        )
+        check(trained, exports, data, tmp_path, replace(scores, correct=scores.correct - 100))
 
 
 def test_the_options_of_a_variant_reach_the_session(exports):
@@ -243,3 +254,61 @@ def test_the_options_of_a_variant_reach_the_session(exports):
 
     with pytest.raises(ModelError, match="no_such_option"):
         parity.runner(odd)
+
+
+def timed(name, p50_of_64, p50_of_1=0.001, *, passed=True):
+    report = bundle_pb2.ParityReport(variant=name, passed=passed)
+    report.latencies.add(rows=1, p50_seconds=p50_of_1)
+    report.latencies.add(rows=64, p50_seconds=p50_of_64)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("others", "best"),
+    [
+        ([timed("onnx-int8", 0.0094)], "onnx-int8"),
+        ([timed("onnx-int8", 0.0096)], "onnx-float32"),  # as fast, within what clocks are worth
+        ([timed("onnx-int8", 0.002, passed=False)], "onnx-float32"),
+        ([timed("tflite-int8", 0.002)], "onnx-float32"),  # nothing serves it
+        ([timed("onnx-int8", 0.0096, 0.0005)], "onnx-int8"),  # one row decides
+        ([timed("onnx-int8", 0.02, 0.0005)], "onnx-float32"),  # but not where 64 are slower
+        ([timed("onnx-int8", 0.009), timed("onnx-float16", 0.008)], "onnx-float16"),
+        ([bundle_pb2.ParityReport(variant="onnx-int8", passed=True)], "onnx-float32"),
+    ],
+)
+def test_the_best_variant_passed_and_is_faster_beyond_doubt(others, best):
+    reports = {one.variant: one for one in (timed("onnx-float32", 0.01), *others)}
+
+    assert parity.fastest(reports) == best
+
+
+def test_every_report_that_passed_says_what_its_variant_costs(reports):
+    for report in reports.values():
+        assert report.peak_rss_kib == 1
+        assert [one.rows for one in report.latencies] == [1, 8, 64]
+
+
+def test_what_cannot_be_measured_passes_all_the_same(
+    trained, exports, data, scores, tmp_path, caplog
+):
+    def broken(variant, rows, options):
+        raise ParityError("model.onnx cannot be measured: no memory")
+
+    few = only(exports, exports.named("onnx-float32"))
+    checked = parity.check(trained, few, data, tmp_path, scores, "best", broken)
+
+    assert checked.served_variant == "onnx-float32"
+    assert not parity.read_report(checked.reports[0]).latencies
+    assert "no memory; its report says nothing about it" in caplog.text
+
+
+def test_hostile_numbers_are_zeros_ones_and_twice_the_range_of_the_data():
+    inputs = np.linspace(-1, 3, 10, dtype=np.float32).reshape(5, 2)
+
+    rows = parity.hostile_rows(inputs)
+
+    assert (rows.shape, rows.dtype) == ((299, 2), np.float32)
+    assert rows[:4, 0].tolist() == [0, 1, -3, 5]
+    assert rows.min() >= -3
+    assert rows.max() <= 5
+    assert len(np.unique(rows[4:])) > 500

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -147,13 +148,15 @@ def test_another_variant_can_be_served_with_its_own_options(
     assert model == other.path.read_bytes()
 
 
-def test_the_manifest_records_what_was_trained_on_what(publish_once, data, trained):
+def test_the_manifest_records_what_was_trained_on_what(publish_once, data, trained, settings):
     manifest = bundle.read_manifest(publish_once().path)
 
     assert manifest.dataset.sha256 == data.sha256
     assert manifest.provenance.parent_sha256 == trained.sha256
     assert manifest.training.history[0].loss == trained.history[0].loss
     assert sum(sum(row.predicted) for row in manifest.evaluation.confusion) == 10_000
+    assert config.build("quick", json.loads(manifest.training.config)) == settings
+    assert manifest.evaluation.classes[0].f1 > 0
     assert re.fullmatch(r"([0-9a-f]{40}\+?)?", manifest.provenance.git_commit)
 
 

@@ -79,8 +79,8 @@ class Lab:
         """Ask a model what its exports are to be held against."""
         hostile = parity.hostile_images(images.shape[1:])
         return parity.Questions(
-            images=images,
-            labels=labels,
+            inputs=images,
+            targets=labels,
             class_names=tuple(map(str, range(model.output_shape[1]))),
             hostile=hostile,
             reference=model.predict(images, verbose=0),

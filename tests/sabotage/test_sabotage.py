@@ -22,6 +22,7 @@ from onnx import helper, numpy_helper
 
 from pipeline import evaluate, explain, export, models, parity, publish
 from pipeline.config import Config, GateConfig, PublishConfig
+from pipeline.cost import Cost
 from pipeline.errors import EvaluationError, ExportError, ParityError
 from pipeline.export import metadata
 from pipeline.records import Epoch, Trained, Variant
@@ -106,7 +107,7 @@ def explained(whole, variant):
     return explain.first_divergence(
         whole.saved_model.path,
         variant.path,
-        whole.asked.images[:EXPLAINED_ROWS],
+        whole.asked.inputs[:EXPLAINED_ROWS],
         config=dict(variant.session),
     )
 
@@ -453,7 +454,11 @@ def test_parity_catches_averaged_weights_that_were_evaluated_but_not_exported(
 
 @pytest.fixture(scope="session")
 def checked(trained, exports, data, scores, tmp_path_factory):
-    return parity.check(trained, exports, data, tmp_path_factory.mktemp("parity"), scores)
+    def free(variant, rows, options):
+        return Cost(0.01, 1, {1: [0.001], 64: [0.01]})
+
+    folder = tmp_path_factory.mktemp("parity")
+    return parity.check(trained, exports, data, folder, scores, measure_cost=free)
 
 
 @pytest.fixture(scope="session")

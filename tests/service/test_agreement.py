@@ -718,3 +718,63 @@ def test_a_share_of_few_rows_fails_int8_only_once_its_interval_does(rows, flips,
 
     assert report.flips_explained == flips
     assert report.passed is passes, report.failure
+
+
+def test_scale_is_the_median_of_the_rows_largest_and_never_zero():
+    rows = np.array([[[1, -4]], [[2, 3]], [[0, -9]]], np.float32)
+
+    assert agreement.scale(rows) == 4
+    assert agreement.scale(np.array([0, 0, 0, -6, 2], np.float32)) == 4  # of those that are not 0
+    assert agreement.scale(np.zeros((3, 2), np.float32)) == 1
+
+
+def test_a_hostile_row_is_judged_by_its_own_size_where_that_is_larger():
+    allowed = agreement.Budget("float32", 10)
+    reference = np.array([[1, 2], [-50, 3]], np.float32)
+    limits = [1e-5 * 10, 1e-5 * 50]
+
+    assert agreement.hostile_limits(allowed, reference).tolist() == pytest.approx(limits)
+    for row, limit in enumerate(limits):
+        for share, passes in ((0.99, True), (1.01, False)):
+            wide = reference.astype(np.float64)
+            candidate = wide.copy()
+            candidate[row, 1] += share * limit
+            report = agreement.compare_outputs(wide, wide, allowed=allowed)
+            agreement.add_hostile(report, wide, candidate)
+            assert report.passed is passes
+            assert report.hostile.rows == 2
+            assert report.hostile.max_logit == pytest.approx(share * limit)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_hostile_answer_that_is_not_finite_fails_wherever_it_is(value):
+    allowed = agreement.Budget("float32", 10)
+    reference = np.ones((3, 2), np.float32)
+    candidate = reference.copy()
+    candidate[1, 1] = value
+    report = agreement.compare_outputs(reference, reference, allowed=allowed)
+
+    agreement.add_hostile(report, reference, candidate)
+
+    assert report.failure == "a logit is not finite"
+
+
+def test_hostile_answers_of_another_shape_are_refused():
+    report = agreement.compare_outputs(
+        np.ones((2, 2)), np.ones((2, 2)), allowed=agreement.Budget("float32", 1)
+    )
+
+    with pytest.raises(ValueError, match=r"hostile outputs have shape \(3, 2\), expected \(1, 2\)"):
+        agreement.add_hostile(report, np.ones((3, 2)), np.ones((1, 2)))
+
+
+def test_rows_without_classes_are_judged_by_their_differences_alone():
+    outputs = np.array([[1], [2]], np.float32)
+
+    report = agreement.compare_by_kind(
+        outputs, outputs, np.empty(0, np.int64), allowed=agreement.Budget("float32", 1),
+        class_names=[],
+    )  # fmt: skip
+
+    assert report.passed
+    assert not report.classes

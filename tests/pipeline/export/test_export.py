@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 
 from pipeline import dataset, export
-from pipeline.errors import ExportError
+from pipeline.config import ExportConfig
+from pipeline.errors import ConfigError, ExportError
 from pipeline.export import onnx as onnx_export
 from pipeline.export.metadata import Metadata
 from protos import bundle_pb2
@@ -139,12 +140,12 @@ def fail(source, path, texts):
 def quickly(monkeypatch):
     """Return a function that converts to three variants only, the named one of which fails."""
 
-    def quickly(trained, data, folder, failing):
+    def quickly(trained, data, folder, failing, *more, **options):
         whole = export.plan(folder)
-        kept = ("saved-model", "onnx-float32", failing)
+        kept = ("saved-model", "onnx-float32", failing, *more)
         monkeypatch.setattr(export, "plan", lambda _: [v for v in whole if v.name in kept])
         monkeypatch.setitem(export.WRITERS, failing, fail)
-        return export.convert(trained, data, folder, "run-1")
+        return export.convert(trained, data, folder, "run-1", **options)
 
     return quickly
 
@@ -158,9 +159,56 @@ def test_an_optional_variant_that_cannot_be_written_is_left_out_with_its_reason(
     assert not variant.path.exists()
 
 
-def test_a_required_variant_that_cannot_be_written_fails_the_run(quickly, trained, data, tmp_path):
+def test_a_required_variant_that_cannot_be_written_is_left_to_parity_to_refuse(
+    quickly, trained, data, tmp_path
+):
+    variant = quickly(trained, data, tmp_path / "exports", "tflite-float32").named("tflite-float32")
+
+    assert (variant.required, variant.failure) == (True, "no such operator")
+
+
+def test_what_others_are_made_from_fails_the_run_at_once(quickly, trained, data, tmp_path):
     with pytest.raises(ExportError, match="no such operator"):
-        quickly(trained, data, tmp_path / "exports", "tflite-float32")
+        quickly(trained, data, tmp_path / "exports", "onnx-float32")
+
+
+def test_what_the_settings_require_or_serve_is_required(quickly, trained, data, tmp_path):
+    chosen = ExportConfig(serve="onnx-int8", required=("tflite-int8",))
+
+    found = quickly(trained, data, tmp_path / "exports", "tflite-int8", "onnx-int8", config=chosen)
+
+    assert found.named("tflite-int8").required
+    assert found.named("onnx-int8").required
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (ExportConfig(required=("tflite-int8", "int8")), "export.required names int8, expected"),
+        (ExportConfig(serve="int8"), "export.serve is 'int8', expected one of best, onnx-float32"),
+        (ExportConfig(serve="tflite-int8"), "export.serve is 'tflite-int8', expected one of"),
+    ],
+)
+def test_a_variant_that_there_is_not_is_refused_before_anything_is_trained(chosen, said):
+    with pytest.raises(ConfigError, match=said):
+        export.check_config(chosen)
+
+
+def test_every_onnx_variant_and_the_best_may_be_served():
+    for name in ("best", *(one for one in export.names() if one.startswith("onnx-"))):
+        export.check_config(ExportConfig(serve=name, required=export.names()))
+
+
+def test_pixels_of_a_model_that_takes_floats_are_cast_inside():
+    image = keras.Input((4, 4, 1), dtype="float32", name="pixels")
+    model = keras.Model(image, keras.layers.Dense(3)(keras.layers.Flatten()(image)))
+    images = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)
+
+    answers = export.serving_function(model)(tf.constant(images))
+
+    np.testing.assert_allclose(
+        answers["logits"], model(images.astype(np.float32)), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_an_original_that_changed_since_it_was_trained_is_refused(trained, data, tmp_path):

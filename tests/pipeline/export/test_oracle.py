@@ -7,8 +7,6 @@ compared.
 
 import functools
 import os
-import subprocess
-import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -19,7 +17,7 @@ import tensorflow as tf
 from keras import layers
 from scipy import signal
 
-from pipeline import export
+from pipeline import export, runtimes
 from pipeline.export import onnx, saved_model, tflite
 from pipeline.export.metadata import Metadata
 from protos import bundle_pb2
@@ -214,18 +212,14 @@ def answers(model, images, folder):
     saved_model.write(model, serve, saved, metadata)
     tflite.write(saved, lite, metadata)
     onnx.write(serve, graph, metadata)
-    np.savez(folder / "images.npz", images)
-    command = (sys.executable, "-m", "pipeline.litert", lite, folder / "images.npz")
-    subprocess.run([*map(str, command), str(folder / "lite.npz"), "2"], check=True)
     loaded = tf.saved_model.load(str(saved))
-    with np.load(folder / "lite.npz") as arrays:
-        return {
-            "saved-model": loaded.signatures["serving_default"](image=tf.constant(images))[
-                "logits"
-            ].numpy(),
-            "tflite": arrays["logits"],
-            "onnx": Session(graph.read_bytes(), OPTIONS, threads=2).run(images)["logits"],
-        }
+    return {
+        "saved-model": loaded.signatures["serving_default"](image=tf.constant(images))[
+            "logits"
+        ].numpy(),
+        "tflite": runtimes.interpreted(lite, [images])[0]["logits"],
+        "onnx": Session(graph.read_bytes(), OPTIONS, threads=2).run(images)["logits"],
+    }
 
 
 CASES = [

@@ -1,0 +1,109 @@
+"""Remove old versions and the folders of old runs.
+
+Never what an alias names, nor a model's newest version, nor what a run is working in. A version
+goes by one rename, so that a server sees it whole or not at all, and its number stays taken.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import files, results, status
+from pipeline.errors import BusyError
+from service import aliases
+from service.errors import ServiceError
+
+log = logging.getLogger(__name__)
+REMOVING = ".removing-"
+LOCK = ".lock"  # of a model's folder, as `publish` holds it
+PROMOTING = ".promoting"  # as `promote` holds it
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """One folder or file that goes, or would."""
+
+    path: Path
+    size_bytes: int
+
+
+def clean(models: Path, runs: Path, *, keep: int, dry_run: bool = False) -> list[Removed]:
+    """Remove all versions of each model and all runs but the newest, and results of what is gone.
+
+    Args:
+        models: folder of the bundles.
+        runs: folder of the runs.
+        keep: how many of each model's versions, and of the runs, stay; at least 1.
+        dry_run: only say what would go.
+
+    Returns:
+        What went, or would.
+
+    Raises:
+        OSError: something cannot be removed; what went before it is gone.
+    """
+    return [
+        *(one for home in status.homes(models) for one in _versions(home, keep, dry_run)),
+        *_runs(runs, keep, dry_run),
+        *_results(runs, dry_run),
+    ]
+
+
+def _versions(home: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(files.locked(home / PROMOTING, wait=False))
+            held.enter_context(files.locked(home / LOCK, wait=True))
+            held.enter_context(aliases.changing(home))  # none may move to what goes
+            named = set(aliases.read(home).values())
+        except BusyError:
+            log.warning("%s is left as it is: a version of it is being promoted", home)
+            return
+        except ServiceError as error:
+            log.warning("%s is left as it is, since nobody knows what it names: %s", home, error)
+            return
+        for left in home.glob(f"{REMOVING}*"):  # by a command that was stopped
+            yield _removed(left, dry_run)
+        for path in status.numbered(home)[keep:]:
+            if int(path.name) in named:
+                continue
+            size = _size(path)
+            if not dry_run:
+                hidden = path.rename(home / f"{REMOVING}{path.name}")
+                files.sync(home)
+                shutil.rmtree(hidden)
+            yield Removed(path, size)
+
+
+def _runs(runs: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
+    folders = sorted(status.run_folders(runs), key=status.changed_s, reverse=True)
+    for path in folders[keep:]:
+        try:
+            with files.locked(path / status.LOCK, wait=False):
+                yield _removed(path, dry_run)
+        except BusyError:
+            log.warning("%s is left as it is: a run is working in it", path)
+
+
+def _results(runs: Path, dry_run: bool) -> Iterator[Removed]:
+    """Remove what stages returned of which a file is gone."""
+    folder = runs / results.FOLDER
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_file() and not results.is_whole(path.read_bytes()):
+            yield _removed(path, dry_run)
+
+
+def _removed(path: Path, dry_run: bool) -> Removed:
+    found = Removed(path, _size(path))
+    if not dry_run and path.is_dir():
+        shutil.rmtree(path)
+    elif not dry_run:
+        path.unlink()
+    return found
+
+
+def _size(path: Path) -> int:
+    return sum(one.stat().st_size for one in (path, *path.rglob("*")) if one.is_file())

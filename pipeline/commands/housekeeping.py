@@ -1,0 +1,120 @@
+"""See what there is, and remove what is old: `status` and `clean`."""
+
+import json
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.commands.options import AsJson, Models, Runs
+from pipeline.commands.terminal import log_plainly, sentences
+
+if TYPE_CHECKING:
+    from pipeline.status import Run, Version
+
+
+def status(
+    models: Models = Path("models"), runs: Runs = Path("runs"), as_json: AsJson = False
+) -> None:
+    """Show what is published, under which aliases, and how far each run is.
+
+    Example: train-export status --models /srv/models
+    """
+    from pipeline import status  # noqa: PLC0415  not to print the help
+
+    with sentences("stopped"):
+        versions, found = status.versions(models), status.runs(runs)
+    if as_json:
+        tables = {
+            "versions": [asdict(version) for version in versions],
+            "runs": [asdict(run) | {"folder": str(run.folder)} for run in found],
+        }
+        print(json.dumps(tables, indent=1))
+        return
+    console = Console()
+    if versions:
+        console.print(_versions(versions))
+    else:
+        print(f"nothing is published in {models}; train-export run does")
+    if found:
+        console.print(_runs(found))
+    else:
+        print(f"nothing has been trained in {runs}")
+
+
+def clean(
+    keep: Annotated[
+        int, typer.Option(min=1, help="How many of each model's versions, and of the runs, stay.")
+    ],
+    models: Models = Path("models"),
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Remove nothing; print what would go.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old versions and the folders of old runs, and print what went.
+
+    What an alias names stays, and so do a model's newest version and what a run is working in.
+
+    Example: train-export clean --keep 3 --dry-run
+    """
+    from pipeline import cleaning  # noqa: PLC0415  not to print the help
+
+    log_plainly()
+    with sentences("stopped; what was named so far is gone, the rest is whole"):
+        went = cleaning.clean(models, runs, keep=keep, dry_run=dry_run)
+    if as_json:
+        print(json.dumps([{"path": str(one.path), "size_bytes": one.size_bytes} for one in went]))
+        return
+    for one in went:
+        print(f"{one.path}  {_size(one.size_bytes)}")
+    total = _size(sum(one.size_bytes for one in went))
+    print(f"{'would remove' if dry_run else 'removed'} {len(went)}, {total}")
+
+
+def _versions(versions: "list[Version]") -> Table:
+    drawn = _table("model", "version", "aliases", "accuracy", "size", "published", "parity")
+    for one in versions:
+        drawn.add_row(
+            one.model,
+            str(one.number),
+            ", ".join(one.aliases),
+            "" if one.accuracy is None else f"{one.accuracy:.2%}",
+            _size(one.size_bytes),
+            _when(one.created),
+            one.parity,
+        )
+    return drawn
+
+
+def _runs(found: "list[Run]") -> Table:
+    drawn = _table("run", "epochs", "changed", "")
+    for one in found:
+        drawn.add_row(
+            one.folder.name,
+            f"{one.epochs_done} of {one.epochs or '?'}",
+            _when(one.changed),
+            "running" if one.busy else "",
+        )
+    return drawn
+
+
+def _table(*columns: str) -> Table:
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        drawn.add_column(column, overflow="fold", no_wrap=place == 0)
+    return drawn
+
+
+def _when(text: str) -> str:
+    return f"{datetime.fromisoformat(text).astimezone():%Y-%m-%d %H:%M}" if text else ""
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"

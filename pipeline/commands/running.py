@@ -1,0 +1,208 @@
+"""Train and publish: `run` here, `deploy` for a Prefect server."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline import config, dataset
+from pipeline.commands.options import Data, Runs, TlsCa, TokenFile, UseTls
+from pipeline.commands.terminal import REFUSED, fail, quietly, sentences
+
+# What a run without a Prefect server needs; the environment wins, prefect.toml says the same.
+PREFECT = {
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 20 is too short for two cores
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline",
+    "DO_NOT_TRACK": "1",
+}
+UNREACHABLE = "Failed to reach API at"  # how Prefect's client words it
+STOPPED = (
+    "stopped; nothing was published unless the log says so, and the same command goes on where "
+    "training was"
+)
+
+
+def run(  # noqa: PLR0913  one parameter an option
+    preset: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(config.PRESETS)}; smoke takes seconds.")
+    ] = "quick",
+    file: Annotated[
+        Path | None,
+        typer.Option("--config", help="TOML of settings over the preset's, a table a stage."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="SECTION.NAME=VALUE, any setting; may be repeated."),
+    ] = None,
+    data: Data = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Of the data: fashion-mnist, idx, npz, pictures or line; else as found."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model that is published.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="As `train-export models` lists them, or module:function.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="fit: Keras' own loop; tape: ours with tf.GradientTape.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training rows; by default the preset's.")
+    ] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="Of a training step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The highest that the schedule reaches.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(help="The ONNX variant to serve; best: the fastest within its budget here."),
+    ] = None,
+    models: Annotated[Path, typer.Option(help="Folder to publish into.")] = Path("models"),
+    runs: Runs = Path("runs"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew where an earlier run could be resumed.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write its logs into the run's folder.")
+    ] = False,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST:PORT that serves --models; asked before the alias champion moves."),
+    ] = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Run the flow train-export here: train, evaluate, export, check parity, serve, publish.
+
+    Nothing is published unless the model passes its accuracy gate, every export answers all test
+    rows within its budget, and so does a real server over gRPC. Without a Prefect server
+    (PREFECT_API_URL) the flow starts one of its own for as long as it runs.
+
+    A run that was stopped goes on where it stopped when it is started again with the same
+    settings; stages from which nothing has changed are not run again. Settings come from the
+    preset, then --config, then --set, then the other options.
+
+    With --endpoint the published version is asked for once more, in the deployment that serves it,
+    and becomes champion only if it answers like the original there too.
+
+    Example: train-export run --preset smoke --models /srv/models
+
+    Example: train-export run --config mine.toml --set training.schedule=cosine --engine tape
+    """
+    with sentences(STOPPED):
+        layers = [config.read(file)] if file else []
+        layers += [config.single(one) for one in assignments or []]
+        layers.append(
+            config.options(
+                data__kind=kind,
+                publishing__name=name,
+                training__architecture=network,
+                training__engine=engine,
+                training__batch_rows=batch_rows,
+                training__learning_rate=learning_rate,
+                training__tensorboard=tensorboard or None,
+                export__serve=serve,
+            )
+        )
+        chosen = config.build(
+            preset,
+            *layers,
+            config.options(
+                data__source=data,
+                training__epochs=epochs,
+                training__seed=seed,
+                training__fresh=fresh or None,
+                runs=runs,
+                publishing__models=models,
+            ),
+        )
+        if chosen.data.source is not None:
+            dataset.verify(chosen.data)  # now, not after half a minute of starting
+        path = _flow(
+            preset=preset,
+            settings=config.as_tables(chosen),
+            models=str(chosen.publishing.models),
+            runs=str(chosen.runs),
+            endpoints=endpoint or [],
+            tls=tls,
+            tls_ca=_text(tls_ca),
+            token_file=_text(token_file),
+        )
+        _show(Path(path), models, runs)
+
+
+def deploy() -> None:
+    """Set the Prefect server of PREFECT_API_URL up for runs of prefect.yaml, in this folder.
+
+    Creates a work pool, the deployment, and an automation that makes runs whose process is gone
+    Crashed; what there is already is brought up to date.
+
+    Example: train-export deploy && prefect worker start --pool train-export
+    """
+    _use_prefect()
+    with sentences("stopped; give the command again to finish"), _reached():
+        from pipeline import deployment  # noqa: PLC0415  not to print the help
+
+        for line in deployment.deploy(Path.cwd()):
+            print(line)
+
+
+def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
+    _use_prefect()
+    print("starting TensorFlow and Prefect, about half a minute", file=sys.stderr)
+    with quietly():
+        import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
+
+        from pipeline.flow import train_export  # noqa: PLC0415  not to print the help
+    with _reached():
+        path: str = train_export(**parameters)
+        return path
+
+
+def _use_prefect() -> None:
+    for name, value in PREFECT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Say in one sentence that the Prefect server cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(UNREACHABLE):
+            raise
+        fail(f"{error}; start that Prefect server, or unset PREFECT_API_URL", status=REFUSED)
+
+
+def _show(path: Path, models: Path, runs: Path) -> None:
+    from pipeline import report  # noqa: PLC0415
+    from service import bundle  # noqa: PLC0415
+
+    console = Console()
+    console.print()
+    manifest = bundle.read_manifest(path)
+    console.print(report.table(manifest))
+    print(f"bundle: {path}")
+    serve = "serve-export"
+    if not shutil.which(serve):  # the environment is not activated: `make run` does not need it
+        serve = os.path.relpath(Path(sys.executable).with_name(serve))
+    print(f"serve:  {serve} serve --repository {models}")
+    example = next(iter(sorted((runs / "examples").glob("trouser.png"))), None)
+    if example:
+        print(f"ask:    {serve} predict {example} --model {manifest.name}")
+
+
+def _text(path: Path | None) -> str | None:
+    return str(path) if path else None

@@ -1,0 +1,107 @@
+"""Hold what a server answers against the original: `shadow`."""
+
+import logging
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.commands.options import TlsCa, UseTls
+from pipeline.commands.terminal import fail, log_plainly, quietly
+from pipeline.errors import PipelineError
+from service.errors import ServiceError
+
+if TYPE_CHECKING:
+    from service.client import Client
+
+
+def shadow(  # noqa: PLR0913  one parameter an option
+    endpoint: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8001",
+    models: Annotated[
+        Path, typer.Option(help="Folder of the bundles that the server serves.")
+    ] = Path("models"),
+    original: Annotated[
+        Path | None,
+        typer.Option(help="SavedModel to hold answers against, where the bundles are not here."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Only this one's rows.")] = "",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="End after so many rows, with a verdict.")
+    ] = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Our own certificate, PEM, for a server that asks for one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of that certificate, PEM.")] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with an admin's token; or the variable SERVE_EXPORT_TOKEN."),
+    ] = None,
+) -> None:
+    """Hold what a server answers its clients against the original, while it serves.
+
+    Reads the rows that the server samples (serve-export serve --sample-rate 0.01), has the
+    original SavedModel answer them on TensorFlow, and reports agreement, differences and drift
+    back: they are in serve-export parity, in the server's metrics, and in its log when the budget
+    is broken. The server never waits for it.
+
+    The original is models/NAME/VERSION/variants/saved_model of the version that answered, with
+    every file of that bundle verified. One given with --original must say, in the metadata that
+    its exporter wrote, that it comes from the same .keras file.
+
+    Ends with 0 on SIGTERM and 130 on Ctrl-C, with what was read reported. With --rows it ends
+    with 1 where parity does not hold.
+
+    Example: train-export shadow --endpoint 127.0.0.1:8001 --models models
+    """
+    try:
+        from pipeline.endpoint import Endpoint  # noqa: PLC0415  gRPC: only for who asks
+
+        server = Endpoint(endpoint, tls, tls_ca, tls_cert, tls_key, token_file)
+        with server.connect(channels=1) as client:  # reports go to who has sampled the rows
+            asked = {"model": model, "rows": rows}
+            failure = _shadowed(client, endpoint, (original, models), asked)
+    except (PipelineError, ServiceError, ValueError) as error:
+        fail(str(error), status=1)
+    except OSError as error:
+        fail(f"a file cannot be read: {error}", status=1)
+    except KeyboardInterrupt:
+        fail("stopped; what was read has been reported", status=130)
+    if failure and rows is not None:
+        fail(failure, status=1)
+
+
+def _shadowed(
+    client: "Client", endpoint: str, places: tuple[Path | None, Path], asked: dict[str, Any]
+) -> str:
+    """Shadow a server until a signal; return why live parity does not hold, or nothing."""
+    console = Console(stderr=True)
+    stopped: list[int] = []
+    with console.status("starting TensorFlow, some ten seconds") as status:
+        # Only now, when rich has put itself before standard error: lines go above the live one.
+        log_plainly()
+        with quietly():
+            from pipeline import shadow  # noqa: PLC0415  not to print the help
+        status.update(f"waiting for rows of {escape(endpoint)}")
+        logging.getLogger("pipeline").info("waiting for rows of %s", endpoint)
+        shadowing = shadow.Shadow(
+            client,
+            shadow.Originals(client, saved_model=places[0], models=places[1]),
+            show=status.update if console.is_terminal else None,
+            **asked,
+        )
+
+        def stop(number: int, _: object) -> None:
+            stopped.append(number)
+            shadowing.stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        failure = shadowing.run()
+    if signal.SIGINT in stopped:
+        raise KeyboardInterrupt
+    return failure

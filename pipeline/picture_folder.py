@@ -1,0 +1,128 @@
+"""Read a folder of pictures: one subfolder a class, or `train` and `test` with one each."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline import memory, pictures
+from pipeline.config import DataConfig
+from pipeline.errors import DatasetError
+from pipeline.splits import Found, Split, hold_out
+
+PARTS = ("train", "test")
+SHOWN = 10  # of what cannot be read, by name
+CHANNELS = {"gray": 1, "rgb": 3}
+MOST_IN_A_BYTE = 256
+
+
+def is_one(folder: Path) -> bool:
+    """Tell whether a folder has subfolders with pictures."""
+    return any(pictures.is_picture(path) for sub in _subfolders(folder) for path in sub.rglob("*"))
+
+
+def read(folder: Path, config: DataConfig) -> Found:
+    """Read all pictures, in the order of their names.
+
+    Raises:
+        DatasetError: a class has none, some cannot be read (the first ten are named), or they have
+            several sizes and `config` names none.
+    """
+    homes = [folder / part for part in PARTS]
+    if not all(home.is_dir() for home in homes):
+        homes = [folder]
+    labels = tuple(one.name for one in _subfolders(homes[0]))
+    parts = [_files(home, labels) for home in homes]
+    _each_has_some(homes[0], labels, parts[0])
+    files = [one for part in parts for one in part]
+    images = _images([path for path, _ in files], config)
+    targets = np.array([label for _, label in files])
+    targets = targets.astype(np.uint8 if len(labels) <= MOST_IN_A_BYTE else np.int32)
+    left = _left_out(folder, {path for path, _ in files})
+    if len(parts) == 1:
+        train, test = hold_out(Split(images, targets), config)
+        return Found(train, test, labels, left)
+    border = len(parts[0])
+    train = Split(images[:border], targets[:border])
+    return Found(train, Split(images[border:], targets[border:]), labels, left)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Return those of a class; what begins with a dot is another system's notes."""
+    found = folder.rglob("*")
+    return sorted(one for one in found if not one.name.startswith(".") and pictures.is_picture(one))
+
+
+def _files(home: Path, labels: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """Return every picture of a part with its class."""
+    unknown = [one.name for one in _subfolders(home) if one.name not in labels]
+    if unknown:
+        raise DatasetError(
+            f"{home} has classes that {PARTS[0]} lacks: {', '.join(unknown[:SHOWN])}; add training "
+            "pictures of them, or move them away"
+        )
+    return [(path, at) for at, label in enumerate(labels) for path in _pictures(home / label)]
+
+
+def _each_has_some(home: Path, labels: tuple[str, ...], found: list[tuple[Path, int]]) -> None:
+    there = {label for _, label in found}
+    empty = [label for at, label in enumerate(labels) if at not in there]
+    if empty or not labels:
+        raise DatasetError(
+            f"{home} has no PNG or JPEG file in {', '.join(empty[:SHOWN]) or 'any subfolder'}; "
+            "expected one subfolder a class with pictures in each"
+        )
+
+
+def _images(paths: list[Path], config: DataConfig) -> NDArray[np.uint8]:
+    """Read all, then refuse if there is a reason; gray ones become RGB beside coloured ones."""
+    read: list[Image.Image] = []
+    refusals: list[str] = []
+    odd = ""
+    size = config.size
+    for path in paths:
+        try:
+            picture = pictures.read(path, CHANNELS.get(config.colour))
+        except DatasetError as error:
+            refusals.append(str(error))
+            continue
+        own = picture.height, picture.width
+        size = size or own
+        if config.size is None and own != size:
+            odd = odd or _other_size(path, own, size)
+            continue
+        memory.check("the folder of pictures", size[0] * size[1] * len(picture.mode) * len(paths))
+        read.append(pictures.fit(picture, *size))
+    if refusals or odd:
+        more = len(refusals) - SHOWN
+        also = f"{more} more cannot be read" if more > 0 else ""
+        raise DatasetError("; ".join(filter(None, (*refusals[:SHOWN], also, odd))))
+    mode = "RGB" if any(one.mode == "RGB" for one in read) else "L"
+    return np.stack([pictures.pixels(one.convert(mode)) for one in read])
+
+
+def _other_size(path: Path, own: tuple[int, int], size: tuple[int, int]) -> str:
+    return (
+        f"{path} is {own[0]} x {own[1]} (height x width), those before it are {size[0]} x "
+        f"{size[1]}; set data.size, such as data.size=[{size[0]},{size[1]}], to have pictures made "
+        "to fit"
+    )
+
+
+def _left_out(folder: Path, taken: set[Path]) -> tuple[str, ...]:
+    left = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path not in taken and not path.name.startswith(".")
+    )
+    if not left:
+        return ()
+    names = ", ".join(str(path.relative_to(folder)) for path in left[:3])
+    return (
+        f"files that are no PNG or JPEG of a class were left out: {len(left)}, such as {names}",
+    )

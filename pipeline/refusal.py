@@ -1,0 +1,82 @@
+"""The report that a refused model leaves in its run's folder, in the place of a bundle."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from pipeline import curves, files, messages, report
+from pipeline.config import GateConfig
+from pipeline.records import Dataset, Scores, Trained
+from protos import bundle_pb2
+
+PAGE, FIGURES, CURVES = "refused.md", "refused.json", "refused.png"
+
+
+def write(
+    folder: Path,
+    why: Sequence[str],
+    trained: Trained,
+    data: Dataset,
+    gate: GateConfig,
+    scores: Scores,
+) -> Path:
+    """Write the curves, the figures as JSON, and last the page that shows both.
+
+    The JSON has the fields of a manifest, as far as they are known, and `why` and `gate`.
+
+    Args:
+        folder: of the run.
+        why: what the model did not reach, a part of a sentence each.
+        trained: the model.
+        data: what it was tested on.
+        gate: what it should have reached.
+        scores: what it did reach.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = bundle_pb2.BundleManifest(
+        kind=bundle_pb2.KIND_CLASSIFIER if data.classifies else bundle_pb2.KIND_GENERIC,
+        labels=data.labels,
+        dataset=bundle_pb2.Dataset(
+            name=data.name, sha256=data.sha256, test_rows=data.test_rows, findings=data.findings
+        ),
+        training=messages.training(trained),
+        evaluation=messages.evaluation(trained, scores, gate),
+    )
+    if trained.history:
+        curves.draw(trained.history, folder / CURVES, f"{data.name}, refused")
+    fields = json_format.MessageToDict(known, preserving_proto_field_name=True)
+    content = {"why": list(why), "gate": asdict(gate), "model": str(trained.path), **fields}
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    files.write_whole(folder / FIGURES, f"{text}\n".encode())
+    page = "\n".join(_page(known, why, trained.path))
+    files.write_whole(folder / PAGE, f"{page}\n".encode())
+    return folder / PAGE
+
+
+def remove(folder: Path) -> None:
+    """Remove the report of a model that was refused before, if there is one."""
+    for name in (PAGE, FIGURES, CURVES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _page(known: bundle_pb2.BundleManifest, why: Sequence[str], model: Path) -> Iterator[str]:
+    yield from (
+        f"# Refused: a model of {report.cell(known.dataset.name)}",
+        "",
+        "Nothing was published:",
+    )
+    yield from ("", *(f"- {report.cell(one)}" for one in why))
+    yield from ("", f"The model is `{model}`; `{FIGURES}` has all figures.", "")
+    yield from (f"- {name}: {report.cell(value)}" for name, value in report.facts(known))
+    if known.training.history:
+        yield from ("", f"![loss and accuracy]({CURVES})")
+    yield from report.sections(report.evaluated(known.evaluation))

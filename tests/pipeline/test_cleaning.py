@@ -1,0 +1,102 @@
+import json
+import os
+
+import pytest
+
+from pipeline import cleaning, files, publish, results
+from service import aliases
+from tests.pipeline.test_status import add_run
+
+
+@pytest.fixture
+def models(make_bundle, tmp_path):
+    """Five versions, of which the second is the champion."""
+    for number in range(1, 6):
+        make_bundle(version=number)
+    aliases.write(tmp_path / "models" / "tiny", {"champion": 2})
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three runs, the last the newest."""
+    for age, name in enumerate(("c", "b", "a")):
+        folder = add_run(tmp_path / "runs", name)
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    return tmp_path / "runs"
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_old_versions_go_and_what_an_alias_names_and_the_newest_stay(models, runs):
+    went = cleaning.clean(models, runs, keep=1)
+
+    assert left(models / "tiny") == ["2", "5"]
+    assert {one.path.name for one in went if one.path.parent == models / "tiny"} == {"1", "3", "4"}
+    assert all(one.size_bytes > 0 for one in went if one.path.parent == models / "tiny")
+
+
+def test_as_many_as_asked_for_stay(models, runs):
+    cleaning.clean(models, runs, keep=2)
+
+    assert left(models / "tiny") == ["2", "4", "5"]
+    assert left(runs) == ["b", "c"]
+
+
+def test_a_dry_run_says_the_same_and_removes_nothing(models, runs):
+    would = cleaning.clean(models, runs, keep=1, dry_run=True)
+
+    assert left(models / "tiny") == ["1", "2", "3", "4", "5"]
+    assert left(runs) == ["a", "b", "c"]
+    assert would == cleaning.clean(models, runs, keep=1)
+
+
+def test_a_run_that_is_worked_in_stays(models, runs):
+    with files.locked(runs / "a" / "lock", wait=False):
+        cleaning.clean(models, runs, keep=1)
+
+    assert left(runs) == ["a", "c"]
+
+
+def test_a_model_that_is_being_promoted_is_left_alone(models, runs, caplog):
+    with files.locked(models / "tiny" / ".promoting", wait=False):
+        cleaning.clean(models, runs, keep=1)
+
+    assert len(left(models / "tiny")) == 5
+    assert "is being promoted" in caplog.text
+
+
+def test_a_model_whose_aliases_cannot_be_read_is_left_alone(models, runs, caplog):
+    (models / "tiny" / "aliases.json").write_text("{")
+    cleaning.clean(models, runs, keep=1)
+
+    assert len(left(models / "tiny")) == 5
+    assert "nobody knows what it names" in caplog.text
+
+
+def test_what_a_stopped_command_left_hidden_goes(models, runs):
+    (models / "tiny" / ".removing-1").mkdir()
+    cleaning.clean(models, runs, keep=9)
+
+    assert not (models / "tiny" / ".removing-1").exists()
+
+
+def test_results_of_which_a_file_is_gone_go_and_others_stay(models, runs, tmp_path):
+    folder = runs / results.FOLDER
+    folder.mkdir()
+    for name, path in (("here", models), ("gone", tmp_path / "gone")):
+        file = next((one for one in path.rglob("*.onnx")), path)
+        record = {results.KIND: "Trained", "files": {str(file): "ab"}}
+        (folder / name).write_text(json.dumps({"result": json.dumps(record)}))
+    cleaning.clean(models, runs, keep=9)
+
+    assert [path.name for path in folder.iterdir()] == ["here"]
+
+
+def test_the_locks_are_those_that_publishing_and_promoting_hold():
+    from pipeline import promote
+
+    assert (publish.LOCK, promote.LOCK) == (cleaning.LOCK, cleaning.PROMOTING)
