@@ -28,7 +28,7 @@ from pipeline.records import Published, Trained
 from service import bundle
 from service.errors import ServiceError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pipeline.flow")  # a deployment loads this file under another name
 CONFIG = "config.json"  # every setting of a run, in its folder
 
 
@@ -183,5 +183,5 @@ class _OneSentence(logging.Filter):
 
 
 logging.getLogger("pipeline").setLevel(logging.INFO)  # Prefect gives it handlers, not a level
-for _name in ("prefect.task_runs", "prefect.flow_runs"):
+for _name in ("prefect.task_runs", "prefect.flow_runs", "prefect.engine"):
     logging.getLogger(_name).addFilter(_OneSentence())

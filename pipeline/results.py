@@ -102,7 +102,12 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def encode(record: Any) -> dict[str, Any]:  # noqa: ANN401  one of `records`
-    """Return a record as JSON can hold it, with the digest of every file that it names."""
+    """Return a record as JSON can hold it, with the digest of every file that it names.
+
+    Of an error, which Prefect keeps too, only the text: nothing is made of it again.
+    """
+    if isinstance(record, BaseException):
+        return {"error": str(record)}
     return {
         KIND: type(record).__name__,
         "files": {str(path): bundle.file_sha256(path) for path in files_of(record)},

@@ -34,7 +34,8 @@ NOT_A_PICTURE = (
     TypeError,
     struct.error,
 )
-MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}  # by channels
+GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 
 
 def read(path: Path, shape: tuple[int, int, int], *, invert: bool = False) -> NDArray[np.uint8]:
@@ -112,13 +113,36 @@ def _pixels(
     if channels not in MODES:
         raise PictureError(f"the model takes {channels} channels, pictures have 1 or 3")
     with _refusing(name):
-        with Image.open(source, formats=FORMATS) as opened:
-            _check_size(name, opened, max_pixels)
-            flat = _flatten(ImageOps.exif_transpose(opened), MODES[channels])
+        flat = _opened(source, name, channels, max_pixels)
         if invert:
             flat = ImageOps.invert(flat)
-        fitted = flat if flat.size == (width, height) else _fit(flat, width, height)
-        return np.asarray(fitted, np.uint8).reshape(shape)
+        return np.asarray(fit(flat, height, width), np.uint8).reshape(shape)
+
+
+def upright(path: Path, channels: int | None = None) -> Image.Image:
+    """Read a picture file in its own size, turned and without transparency.
+
+    Args:
+        path: a PNG or JPEG file.
+        channels: 1 for gray, 3 for RGB; None: as the file has it.
+
+    Returns:
+        A picture of mode L or RGB.
+
+    Raises:
+        PictureError: it cannot be read, is not a picture, or is too large.
+    """
+    with warnings.catch_warnings(action="ignore"), _refusing(str(path)):
+        return _opened(path, str(path), channels, MAX_PIXELS)
+
+
+def _opened(
+    source: Path | io.BytesIO, name: str, channels: int | None, max_pixels: int
+) -> Image.Image:
+    with Image.open(source, formats=FORMATS) as opened:
+        _check_size(name, opened, max_pixels)
+        own = 1 if opened.mode in GRAY_MODES else 3
+        return _flatten(ImageOps.exif_transpose(opened), MODES[channels or own])
 
 
 @contextmanager
@@ -156,12 +180,14 @@ def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
         )
 
 
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scale a picture into the size with its proportions kept, centred on black.
 
     A side never shrinks to nothing. Where it shrinks, Pillow's bilinear filter averages all the
-    pixels it covers.
+    pixels it covers. One that fits is returned as it is.
     """
+    if image.size == (width, height):
+        return image
     scale = min(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     canvas = Image.new(image.mode, (width, height))

@@ -1,14 +1,20 @@
 """The command line `train-export run`, whole: what it prints, leaves, and survives."""
 
+import json
 import re
 import signal
 import subprocess
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 
-from service import bundle
+from pipeline import config
+from service import aliases, bundle
 
 pytestmark = pytest.mark.slow
+STAGES = ("dataset.prepare", "train.fit", "evaluate.score", "export.convert", "parity.check")
 RUN = ("train-export", "run", "--preset", "smoke")
 
 
@@ -29,6 +35,17 @@ def run(environment, folder, *words, stop_at=None, signal_number=signal.SIGKILL)
                 process.send_signal(signal_number)
                 stop_at = None
     return process.returncode, "".join(lines)
+
+
+def artifacts(environment):
+    """Return the latest of each of Prefect's artifacts."""
+    request = urllib.request.Request(
+        f"{environment['PREFECT_API_URL']}/artifacts/latest/filter",
+        data=b"{}",
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
 
 
 def published(folder):
@@ -52,7 +69,7 @@ def test_a_run_ends_well_with_a_table_the_bundle_and_the_two_commands(first):
     rows = re.findall(
         r"^ (original|saved-model|(?:tflite|onnx)-\S+|served \(gRPC\))  ", output, re.MULTILINE
     )
-    assert rows == [
+    assert rows[:11] == [  # then what each costs
         "original", "saved-model", "tflite-float32", "tflite-float16", "tflite-dynamic-range",
         "tflite-int8", "tflite-int16x8", "onnx-float32", "onnx-float16", "onnx-int8",
         "served (gRPC)",
@@ -74,14 +91,72 @@ def test_the_published_bundle_was_served_over_the_whole_test_set(first):
     assert manifest.served.logits.max == pytest.approx(onnx.logits.max, abs=1e-6)
 
 
-def test_a_second_run_trains_nothing_says_why_and_publishes_the_next_version(first, prefect_server):
+def test_a_second_run_does_nothing_again_says_why_and_publishes_the_next_version(
+    first, prefect_server
+):
     folder = first[0]
 
     status, output = run(prefect_server, folder)
 
     assert status == 0, output
-    assert "nothing to train" in output
+    for stage in STAGES:
+        assert f"{stage}: nothing to do, data, settings, code, packages and hardware" in output
+    assert "training conv10" not in output
+    assert "asking the server" in output
     assert [manifest.version for manifest in published(folder)] == [1, 2]
+
+
+def test_a_run_leaves_its_settings_and_artifacts(first, prefect_server):
+    folder = first[0]
+    (settings,) = (folder / "runs").glob("smoke-*/config.json")
+    found = config.build("smoke", json.loads(settings.read_text()))
+
+    assert found.preset == "smoke"
+    assert found.publishing.models == folder / "models"
+    assert {one["key"]: one["type"] for one in artifacts(prefect_server)} == {
+        "bundle": "markdown",
+        "variants": "table",
+        "bundle-folder": "markdown",  # as Prefect keeps links
+        "run-folder": "markdown",
+    }
+
+
+def test_a_server_that_does_not_start_leaves_no_bundle_and_the_alias_where_it_was(
+    first, prefect_server
+):
+    folder = first[0]
+    home = folder / "models" / "fashion-mnist-smoke"
+    aliases.write(home, {aliases.CHAMPION: 1})
+    before = sorted(path.name for path in home.iterdir())
+
+    broken = {"SERVE_EXPORT_TLS_CERT": str(folder / "nowhere.pem")}
+    status, output = run(prefect_server | broken, folder)
+
+    assert status == 1, output
+    assert output.strip().splitlines()[-1].startswith("error: the server did not start: ")
+    assert sorted(path.name for path in home.iterdir()) == before
+    assert aliases.read(home) == {aliases.CHAMPION: 1}
+    assert not list((folder / "models").glob(".staging-*"))
+
+
+def test_what_changed_on_disk_or_failed_in_a_transaction_is_done_again(prefect_server, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("reuse.py")), str(tmp_path)],
+        env=prefect_server, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    assert done.stdout.splitlines() == [
+        "first: made",
+        "again: ",
+        "changed on disk: made",
+        "another argument: made",
+        "in a transaction that fails: made",
+        "after it: made",
+        "a disk behind a network: tried, tried",
+        "a full disk: tried",
+    ]
+    assert "is not what it was: what an earlier run made of it is made again" in done.stderr
 
 
 def test_the_published_model_names_a_real_picture(first, environment):
@@ -116,8 +191,8 @@ def test_a_run_stopped_at_any_stage_leaves_whole_bundles_only_and_the_next_works
     for stage, proof in (
         ("resuming from", "resuming from"),  # training, after the epoch that was kept
         ("exported SavedModel", "resuming from"),  # parity
-        ("onnx-float32: max", "nothing to train"),  # staging
-        ("asking the server", "nothing to train"),  # serving
+        ("onnx-float32: max", "train.fit: nothing to do"),  # staging
+        ("asking the server", "train.fit: nothing to do"),  # serving
     ):
         status, output = run(prefect_server, tmp_path, stop_at=stage)
         assert status == -signal.SIGKILL, output

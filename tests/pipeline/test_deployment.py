@@ -16,5 +16,5 @@ def test_a_silent_run_becomes_crashed_unless_it_is_over():
 
 
 def test_a_folder_without_prefect_yaml_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="has no prefect.yaml; go to the project's folder"):
+    with pytest.raises(ConfigError, match=r"has no prefect\.yaml; go to the project's folder"):
         deployment.deploy(tmp_path)

@@ -79,7 +79,7 @@ def test_ten_of_those_that_cannot_be_read_are_named(folder):
 
     said = refusal(folder)
 
-    assert said.count("cannot be read as a picture") == 10
+    assert said.count("is not a PNG or JPEG picture") == 10
     assert "bad09.png" in said
     assert "bad10.png" not in said
     assert said.endswith("2 more cannot be read")

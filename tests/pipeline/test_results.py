@@ -31,7 +31,10 @@ def variant(tmp_path):
     return Variant("saved-model", "saved_model", "float32", folder, session=(("a", "b"),))
 
 
-def key(trained, config=TrainingConfig(), folder=Path("runs"), device="CPU"):
+CONFIG = TrainingConfig()
+
+
+def key(trained, config=CONFIG, folder=Path("runs"), device="CPU"):
     given = {"trained": trained, "config": config, "folder": folder}
     return results.key(fit, given, device=device, places=frozenset({"folder"}))
 
@@ -101,7 +104,7 @@ def test_a_result_whose_file_changed_does_not_hold_and_the_log_says_which(traine
     text = json.dumps(trained, default=results.encode)
     trained.path.write_bytes(b"WEIGHTS")
 
-    with pytest.raises(results.StaleError, match="model.keras is not what it was"):
+    with pytest.raises(results.StaleError, match=r"model\.keras is not what it was"):
         json.loads(text, object_hook=results.decode)
     assert "model.keras is not what it was" in caplog.text
 
@@ -157,6 +160,10 @@ def test_scores_that_differ_in_a_measured_speed_only_are_the_same_to_what_follow
 
     assert of(replace(scores, images_per_second=2000.0)) == of(scores)
     assert of(replace(scores, correct=8)) != of(scores)
+
+
+def test_of_an_error_only_the_text_is_kept():
+    assert through_json(ValueError("what is wrong")) == {"error": "what is wrong"}
 
 
 def test_numpy_numbers_among_arguments_do_not_stop_a_key():

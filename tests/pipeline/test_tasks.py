@@ -37,10 +37,12 @@ def test_what_stays_as_it_is_is_not_tried_again(error):
 
 def test_progress_is_told_in_percent_and_not_with_every_step():
     told = []
-    progress = Progress(
-        create=lambda percent, **_: told.append(percent) or "artifact",
-        update=lambda _, percent: told.append(percent),
-    )
+
+    def create(percent, **_):
+        told.append(percent)
+        return "artifact"
+
+    progress = Progress(create=create, update=lambda _, percent: told.append(percent))
 
     for share in (0.01, 0.02, 0.03):
         progress(share)

@@ -16,9 +16,7 @@ from service.errors import BundleError
         (KeyboardInterrupt(), 130, "error: stopped halfway"),
     ],
 )
-def test_whatever_is_refused_ends_with_its_status_and_one_sentence(
-    error, status, sentence, capsys
-):
+def test_whatever_is_refused_ends_with_its_status_and_one_sentence(error, status, sentence, capsys):
     with pytest.raises(typer.Exit) as ended, sentences("stopped halfway"):
         raise error
 
