@@ -1,5 +1,6 @@
 """Every setting of a run, a frozen dataclass a stage: presets, then a file, then single values."""
 
+import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -184,12 +185,12 @@ def book_tape() -> Config:
 
 def book_adam() -> Config:
     """The textbook's network with Adam: it learns the training images by heart."""
-    return _book("book-adam", "conv10", 0.90)
+    return _book("book-adam", "conv64", 0.90)
 
 
 def book_dropout() -> Config:
     """The same with dropout, which keeps it from that."""
-    return _book("book-dropout", "conv10-dropout", 0.90)
+    return _book("book-dropout", "conv64", 0.90, architecture_settings={"dropout": 0.5})
 
 
 def line() -> Config:
@@ -309,6 +310,22 @@ def as_tables(config: Config) -> dict[str, Any]:
     """Return a configuration as JSON can hold it; `build` takes it back."""
     tables: dict[str, Any] = SCHEMA.dump_python(config, mode="json")
     return tables
+
+
+def learnt_from(text: str, source: Path | None) -> DataConfig:
+    """Return what a bundle was trained on, so that the same rows are found again.
+
+    Args:
+        text: `training.config` of its manifest; empty in bundles of before there was one, which are
+            Fashion-MNIST's.
+        source: where the data are now; None: where they were then.
+
+    Raises:
+        ConfigError: it is not a configuration that this version can read.
+    """
+    tables: dict[str, Any] = json.loads(text) if text else {"preset": "quick"}
+    then = build(str(tables.pop("preset")), tables).data
+    return replace(then, source=source.absolute()) if source else then
 
 
 def _merge(into: dict[str, Any], tables: Tables) -> None:

@@ -100,7 +100,12 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         train,
         verify,
     )
+    from pipeline import (
+        models as networks,
+    )
 
+    # Also where training is not run again: classes of a user's module are needed to load the model.
+    networks.find(chosen.training.architecture, chosen.training.architecture_settings)
     run_id = str(runtime.flow_run.id)
     stages = tasks.Stages(chosen.runs / results.FOLDER, device.prepare())
     prepared = stages.kept(dataset.prepare, apart=["cache"])(chosen.data)

@@ -258,7 +258,9 @@ def _training(config: Config, trained: Trained) -> bundle_pb2.Training:
     training.seed = config.training.seed
     training.batch_rows = config.training.batch_rows
     training.learning_rate = config.training.learning_rate
-    training.config = json.dumps(as_tables(config), sort_keys=True)
+    tables = as_tables(config)
+    del tables["runs"], tables["publishing"]["models"]  # this machine's, and nobody else's business
+    training.config = json.dumps(tables, sort_keys=True)
     return training
 
 

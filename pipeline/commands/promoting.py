@@ -8,6 +8,7 @@ import typer
 from pipeline import config, dataset
 from pipeline.commands.options import Data, Models, TlsCa, TokenFile, UseTls
 from pipeline.commands.terminal import log_plainly, quietly, sentences
+from service import bundle
 
 
 def promote(  # noqa: PLR0913  one parameter an option
@@ -34,9 +35,11 @@ def promote(  # noqa: PLR0913  one parameter an option
 
             from pipeline import promote  # noqa: PLC0415  not to print the help
             from pipeline.endpoint import Endpoint  # noqa: PLC0415
+        path = models / name / str(version)
+        learnt_from = config.learnt_from(bundle.read_manifest(path).training.config, data)
         record = promote.promote(
-            models / name / str(version),
-            dataset.prepare(config.DataConfig(source=data)),
+            path,
+            dataset.prepare(learnt_from),
             [Endpoint(one, tls, tls_ca, token_file=token_file) for one in endpoint],
         )
     print(f"champion: {name} {version}")

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -160,6 +161,7 @@ def deploy() -> None:
 
 def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
     _use_prefect()
+    signal.signal(signal.SIGTERM, _leave)  # Prefect hands it on to what was there before its own
     print("starting TensorFlow and Prefect, about half a minute", file=sys.stderr)
     with quietly():
         import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
@@ -168,6 +170,11 @@ def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
     with _reached():
         path: str = train_export(**parameters)
         return path
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    """End as SIGTERM does, but let Prefect stop the server that it has started."""
+    raise SystemExit(128 + number)
 
 
 def _use_prefect() -> None:

@@ -114,3 +114,12 @@ def test_a_file_that_is_no_toml_is_refused_by_its_name(tmp_path, content):
 
     with pytest.raises(ConfigError, match=r"run\.toml cannot be read as TOML"):
         config.read(path)
+
+
+def test_a_bundle_says_what_it_was_trained_on():
+    then = config.build("line", {"data": {"split_seed": 7}})
+    text = json.dumps(config.as_tables(then))
+
+    assert config.learnt_from(text, None) == then.data
+    assert config.learnt_from(text, Path("moved")).source == Path("moved").absolute()
+    assert config.learnt_from("", None) == config.DataConfig()

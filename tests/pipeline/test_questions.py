@@ -62,7 +62,7 @@ def test_a_model_of_any_size_takes_pictures_as_they_are(folder):
 def test_what_is_no_picture_is_named(folder, content):
     (folder / "broken.png").write_bytes(content)
 
-    assert "broken.png cannot be read as a picture" in refusal(folder)
+    assert "broken.png is not a PNG or JPEG picture" in refusal(folder)
 
 
 def test_a_folder_without_pictures_says_what_was_expected(tmp_path):
