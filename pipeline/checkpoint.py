@@ -46,7 +46,7 @@ class Checkpoint:
     model_sha256: str
 
 
-def write_model(folder: Path, number: int, save: Callable[[Path], None]) -> Path:
+def write_model(folder: Path, number: int, save: Callable[[Path], object]) -> Path:
     """Write the model of one epoch, whole or not at all.
 
     Args:

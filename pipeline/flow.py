@@ -100,12 +100,10 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         train,
         verify,
     )
-    from pipeline import (
-        models as networks,
-    )
+    from pipeline.models import find  # noqa: PLC0415  the same
 
     # Also where training is not run again: classes of a user's module are needed to load the model.
-    networks.find(chosen.training.architecture, chosen.training.architecture_settings)
+    find(chosen.training.architecture, chosen.training.architecture_settings)
     run_id = str(runtime.flow_run.id)
     stages = tasks.Stages(chosen.runs / results.FOLDER, device.prepare())
     prepared = stages.kept(dataset.prepare, apart=["cache"])(chosen.data)

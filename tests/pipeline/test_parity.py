@@ -307,7 +307,8 @@ def test_hostile_numbers_are_zeros_ones_and_twice_the_range_of_the_data():
 
     rows = parity.hostile_rows(inputs)
 
-    assert (rows.shape, rows.dtype) == ((299, 2), np.float32)
+    assert rows.shape == (299, 2)
+    assert rows.dtype == np.float32
     assert rows[:4, 0].tolist() == [0, 1, -3, 5]
     assert rows.min() >= -3
     assert rows.max() <= 5

@@ -1,4 +1,5 @@
 import io
+import sys
 
 from rich.console import Console
 
@@ -7,7 +8,7 @@ from pipeline import progress
 
 def test_the_share_that_is_done_is_told_over_all_epochs(monkeypatch):
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    told = []
+    told: list[float] = []
 
     with progress.Bar(10, 4, 32, dict, told.append) as bar:
         bar.move(1, 5)
@@ -17,7 +18,7 @@ def test_the_share_that_is_done_is_told_over_all_epochs(monkeypatch):
 
 
 def test_the_figures_are_read_a_few_times_a_second_at_most():
-    told = []
+    told: list[float] = []
 
     with progress.Bar(10, 4, 32, dict, told.append) as bar:
         for step in range(10):
@@ -28,7 +29,7 @@ def test_the_figures_are_read_a_few_times_a_second_at_most():
 
 def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch):
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     shown = io.StringIO()
     monkeypatch.setattr(
         progress, "Console", lambda **_: Console(file=shown, force_terminal=True, width=100)
