@@ -32,13 +32,19 @@ class Engine(Protocol):
 class Fit:
     """Keras' own loop."""
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, objective: Objective) -> None:
         self._model = model
+        self._trackers = trackers(model, objective)
 
     def train(self, batches: tf.data.Dataset, before: Callable[[], None], after: After) -> None:
         """See `Engine`."""
         steps = int(batches.cardinality())  # Keras counts whole executions, the last one too
-        follower = _Follower(before, lambda step: after(min(step, steps)))
+
+        def begin() -> None:
+            _reset(self._trackers)  # Keras does not know the accuracy before the first step
+            before()
+
+        follower = _Follower(begin, lambda step: after(min(step, steps)))
         self._model.fit(batches, epochs=1, shuffle=False, verbose=0, callbacks=[follower])
 
 
@@ -72,16 +78,14 @@ class Tape:
     def __init__(self, model: keras.Model, objective: Objective, config: TrainingConfig) -> None:
         self._model = model
         self._objective = objective
-        self._loss = loss_tracker(model)
-        self._trackers = [one for one in (self._loss, objective.accuracy) if one is not None]
+        self._trackers = trackers(model, objective)
         self._chunk = config.steps_per_execution
         self._step = tf.function(self._one, reduce_retracing=True, jit_compile=config.xla)
         self._steps = tf.function(self._several, reduce_retracing=True)
 
     def train(self, batches: tf.data.Dataset, before: Callable[[], None], after: After) -> None:
         """See `Engine`."""
-        for tracker in self._trackers:
-            tracker.reset_state()
+        _reset(self._trackers)
         before()
         rest = iter(batches)
         steps = int(batches.cardinality())
@@ -105,16 +109,21 @@ class Tape:
         model.optimizer.apply_gradients(
             zip(tape.gradient(scaled, variables), variables, strict=True)
         )
-        self._loss.update_state(loss, sample_weight=tf.shape(inputs)[0])
+        self._trackers[0].update_state(loss, sample_weight=tf.shape(inputs)[0])
         if self._objective.accuracy is not None:
             self._objective.accuracy.update_state(targets, outputs)
 
 
-def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
-    """Return the metric in which a compiled model keeps the mean loss of an epoch."""
-    return model.metrics[0]
+def trackers(model: keras.Model, objective: Objective) -> list[keras.metrics.Metric]:
+    """Return what a compiled model keeps of an epoch: its mean loss and, of classes, accuracy."""
+    return [model.metrics[0], *([objective.accuracy] if objective.accuracy else [])]
+
+
+def _reset(metrics: list[keras.metrics.Metric]) -> None:
+    for metric in metrics:
+        metric.reset_state()
 
 
 def build(model: keras.Model, objective: Objective, config: TrainingConfig) -> Engine:
     """Return the engine of the settings for a compiled model."""
-    return Tape(model, objective, config) if config.engine == "tape" else Fit(model)
+    return Tape(model, objective, config) if config.engine == "tape" else Fit(model, objective)

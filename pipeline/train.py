@@ -148,9 +148,7 @@ class _Training:
                 jit_compile=config.xla,
             )
             self._model.optimizer.build(self._model.trainable_variables)
-        self._trackers = [engines.loss_tracker(self._model)]
-        if objective.accuracy:
-            self._trackers.append(objective.accuracy)
+        self._trackers = engines.trackers(self._model, objective)
         self._engine = engines.build(self._model, objective, config)
         self._answer = tf.function(
             lambda inputs: self._model(inputs, training=False), reduce_retracing=True

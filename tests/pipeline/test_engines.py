@@ -50,8 +50,7 @@ def train(config):
     for epoch in (1, 2):
         engine.train(feed.epoch(epoch), lambda: None, after)
         weights.append([one.numpy() for one in model.variables])
-        trackers = (engines.loss_tracker(model), objective.accuracy)
-        figures.append([float(one.result()) for one in trackers])
+        figures.append([float(one.result()) for one in engines.trackers(model, objective)])
     return steps, weights, figures
 
 
