@@ -49,6 +49,7 @@ def score(
     """
     device.prepare()
     model = keras.models.load_model(trained.path)
+    model.steps_per_execution = 1  # of training: with more, every remainder is traced anew
     test = dataset.load(data).test
     model.predict(test.inputs[:BATCH_ROWS], batch_size=BATCH_ROWS, verbose=0)  # traces
     _check_averages(model, trained)

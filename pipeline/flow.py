@@ -30,6 +30,7 @@ from service.errors import ServiceError
 
 log = logging.getLogger("pipeline.flow")  # a deployment loads this file under another name
 CONFIG = "config.json"  # every setting of a run, in its folder
+CURVES = "curves.png"
 
 
 def go_on_later(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -90,6 +91,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         ),
     )
     from pipeline import (  # noqa: PLC0415  TensorFlow
+        curves,
         dataset,
         device,
         evaluate,
@@ -104,7 +106,6 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
 
     # Also where training is not run again: classes of a user's module are needed to load the model.
     find(chosen.training.architecture, chosen.training.architecture_settings)
-    run_id = str(runtime.flow_run.id)
     stages = tasks.Stages(chosen.runs / results.FOLDER, device.prepare())
     prepared = stages.kept(dataset.prepare, apart=["cache"])(chosen.data)
     stages.once(dataset.write_examples)(prepared, chosen.runs / "examples")
@@ -116,19 +117,24 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         files.write_whole(folder / CONFIG, json.dumps(config.as_tables(chosen), indent=1).encode())
         fit = stages.kept(train.fit, places=["run"], apart=["share"], anew=chosen.training.fresh)
         trained = fit(prepared, chosen.training, folder, tasks.Progress())
+        stages.once(curves.draw)(
+            trained.history,
+            folder / CURVES,
+            f"{preset}: {chosen.training.architecture} on {prepared.name}",
+        )
         champion = evaluate.champion(chosen.publishing.models, chosen.publishing.name)
         scores = stages.kept(evaluate.score)(
             trained, prepared, chosen.gate, another(champion, trained), folder
         )
         with transaction():  # what fails in it leaves no result behind, and no bundle
             convert = stages.kept(export.convert, apart=["run"])
-            exports = convert(trained, prepared, folder / "exports", run_id, chosen.export)
+            exports = convert(trained, prepared, folder / "exports", run_id(), chosen.export)
             check = stages.kept(parity.check, apart=["measure_cost"])
             checked = check(
                 trained, exports, prepared, folder / "parity", scores, chosen.export.serve
             )
             staged = stages.once(publish.stage)(
-                hidden, run_id, chosen, prepared, trained, scores, exports, checked
+                hidden, run_id(), chosen, prepared, trained, scores, exports, checked
             )
             served = stages.once(verify.ask)(staged, checked, prepared, folder / "parity")
             published = stages.once(publish.publish)(staged, served, chosen.publishing)
@@ -142,6 +148,11 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         ]
         stages.once(promote.promote)(published.path, prepared, servers)
     return str(published.path)
+
+
+def run_id() -> str:
+    """Return how Prefect calls this run."""
+    return str(runtime.flow_run.id)
 
 
 def another(champion: Path | None, trained: Trained) -> Path | None:

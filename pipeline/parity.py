@@ -144,7 +144,7 @@ def questions(trained: Trained, data: Dataset) -> Questions:
     """Ask the original about every test row and the hostile ones."""
     test = dataset.load(data).test
     hostile = hostile_rows(test.inputs)
-    original = keras.models.load_model(trained.path)
+    original = keras.models.load_model(trained.path, compile=False)
     return Questions(
         inputs=test.inputs,
         targets=test.targets,

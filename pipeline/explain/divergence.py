@@ -30,6 +30,7 @@ class Layer:
 
     reference: str
     candidate: str
+    layer: str  # that the reference's is of; the tensor's own name where it is of none
     max_error: float
     relative: float  # of the largest element; int8: of the standard deviation
     allowed: float
@@ -112,18 +113,6 @@ def first_divergence(
     return Divergence(True, layer, told[0], text, error, limit, relative, layers)
 
 
-def layer_of(tensor: str) -> str:
-    """Return the Keras layer that a tensor of a serving graph is of; else the tensor's own name."""
-    parts = tensor.partition(":")[0].split("/")
-    inner = [place for place, part in enumerate(parts) if part.startswith("functional")]
-    inner = inner or [place for place, part in enumerate(parts) if part.startswith("sequential")]
-    if not inner or inner[-1] + 2 >= len(parts) + (parts[-1] != "Cast"):
-        return parts[-1]
-    name = parts[inner[-1] + 1]
-    stem, _, number = name.rpartition("_")
-    return stem if stem and number.isdecimal() else name  # Keras counts the calls of a layer
-
-
 def _largest(reference: Floats, found: Floats) -> float:
     if reference.shape != found.shape:
         return float("inf")
@@ -135,6 +124,7 @@ def _layer(pair: Pair, precision: str) -> Layer:
     return Layer(
         reference=pair.reference.name,
         candidate=pair.candidate.name,
+        layer=pair.reference.layer,
         max_error=_largest(pair.reference.value, pair.value),
         relative=pair.relative,
         allowed=TOLERANCE[precision],
@@ -159,7 +149,7 @@ def _blame(
     suspects = _suspects(right, paired)
     seen = [paired[one.name] for one in suspects if one.name in paired]
     if not seen:
-        layer = layer_of(suspects[0].name) if suspects else "the logits"
+        layer = suspects[0].layer if suspects else "the logits"
         cause = "unknown" if found.precision == "float32" else "rounding"
         largest = max((pair.relative for pair in paired.values()), default=0.0)
         return layer, cause, ADDED_UP[cause], largest
@@ -167,21 +157,21 @@ def _blame(
     for pair in seen[:6]:  # a kernel's product, its bias, its Relu: one fused tensor is one of them
         padded = _padded(original, right, pair, found.precision)
         if padded:
-            return layer_of(pair.reference.name), "padding", padded, pair.relative
+            return pair.reference.layer, "padding", padded, pair.relative
     cut = _cut_off(right, found) if found.precision == "int8" else None
     if cut is not None:
         return cut
     told = [(pair, causes.cause(pair, found.precision)) for pair in seen[:6]]
-    own = layer_of(first.reference.name)
+    own = first.reference.layer
     if not any(one[0] not in ("unknown", "different model") for _, one in told):
         # A scale that is folded away has a convolution's output for a counterpart.
         same = [one for one in told if _weighs(one[0]) and one[0].place == first.place]
         told = same or told
     named = [(pair, one) for pair, one in told if one[0] not in ("unknown", "different model")]
     pair, (cause, text) = next(iter(named or told))
-    if cause != "scale" and own != layer_of(pair.reference.name) and not _weighs(first):
-        own = layer_of(pair.reference.name)
-    return (layer_of(suspects[0].name) if cause == "scale" else own), cause, text, first.relative
+    if cause != "scale" and own != pair.reference.layer and not _weighs(first):
+        own = pair.reference.layer
+    return (suspects[0].layer if cause == "scale" else own), cause, text, first.relative
 
 
 def _cut_off(right: Walked, found: Walked) -> tuple[str, str, str, float] | None:
@@ -192,7 +182,7 @@ def _cut_off(right: Walked, found: Walked) -> tuple[str, str, str, float] | None
                 seen = causes.clipped(tensor.value, value, TOLERANCE["int8"])
                 if seen:
                     error = relative_error(tensor.value, value, "int8")
-                    return layer_of(tensor.name), "range", seen, error
+                    return tensor.layer, "range", seen, error
     return None
 
 

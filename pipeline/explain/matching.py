@@ -105,6 +105,6 @@ def _by_order(tensor: Tensor, candidate: Walked, after: int, taken: set[int]) ->
         if place not in taken
         for pair in _options(tensor, candidate, place)
     ]
-    own = tensor.name.partition("functional")[2].partition(":")[0]
-    named = [pair for pair in options if own and own in pair.candidate.name]
+    own = f"/{tensor.inside}"
+    named = [pair for pair in options if own in f"/{pair.candidate.name}"]
     return next(iter(named or options), None)

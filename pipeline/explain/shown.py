@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.explain.divergence import Divergence, Layer, layer_of
+from pipeline.explain.divergence import Divergence, Layer
 
 SMALLEST = 1e-9  # of an error in the picture, whose axis has no zero
 LARGEST = 1e9  # nor infinity
@@ -23,7 +23,7 @@ def layers(found: Divergence) -> list[Layer]:
     """Return one tensor a layer: the one in it that agrees best where it is right, else worst."""
     kept: dict[str, Layer] = {}
     for one in found.layers:
-        name = layer_of(one.reference)
+        name = one.layer
         blamed = found.diverges and name == found.layer  # of that one what is wrong is shown
         if name not in kept or one.good != blamed or kept[name].good == blamed:
             kept[name] = one
@@ -38,7 +38,7 @@ def table(found: Divergence) -> Table:
         drawn.add_column(name, justify="right", no_wrap=True)
     drawn.add_column("", no_wrap=True)
     for one in layers(found):
-        name = layer_of(one.reference)
+        name = one.layer
         verdict = "[green]agrees[/]" if one.good else "[red]differs[/]"
         if found.diverges and name == found.layer:
             verdict = f"[bold red]first: {found.cause}[/]"
@@ -62,7 +62,7 @@ def picture(found: Divergence, path: Path) -> Path:
         The path.
     """
     drawn = layers(found)
-    names = [layer_of(one.reference) for one in drawn]
+    names = [one.layer for one in drawn]
     errors = [float(np.clip(one.relative, SMALLEST, LARGEST)) for one in drawn]
     figure = Figure(figsize=(max(7.0, 0.6 * len(names) + 2), 4.6), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)

@@ -20,6 +20,7 @@ from tensorflow.python.framework import convert_to_constants
 
 from pipeline import device
 from pipeline.errors import ParityError
+from pipeline.explain import scopes
 from protos import bundle_pb2
 from service.errors import ModelError
 from service.session import Session
@@ -38,6 +39,8 @@ class Tensor:
     value: Floats  # (rows, ...)
     inputs: tuple[str, ...] = ()  # names of tensors that it is made from; of a reference only
     operator: str = ""
+    layer: str = ""  # as `scopes` names it; of a reference only
+    inside: str = ""  # its operator's name inside the model; of a reference only
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Reference:
             and op.outputs[0].dtype.is_floating
             and _has_batch(op)
         }
+        self._places = scopes.places(op.name for op in self._frozen.graph.get_operations())
 
     def walk(self, rows: Rows) -> Walked:
         """Answer the rows and keep every tensor."""
@@ -87,11 +91,17 @@ class Reference:
         pruned = self._frozen.prune(self._frozen.inputs, [*fetched, self._output])
         values = [one.numpy() for one in pruned(tf.constant(rows))]
         tensors = tuple(
-            Tensor(name, value, tuple(one.name for one in op.inputs), op.type)
-            for (name, op), value in zip(self.operators.items(), values, strict=False)
+            self._tensor(name, value)
+            for name, value in zip(names, values, strict=False)
             if value.ndim and len(value) == len(rows)
         )
         return Walked(tensors, values[-1], "float32")
+
+    def _tensor(self, name: str, value: Floats) -> Tensor:
+        op = self.operators[name]
+        place = self._places[op.name]
+        inputs = tuple(one.name for one in op.inputs)
+        return Tensor(name, value, inputs, op.type, place.layer, place.inside)
 
     def kernel(self, name: str) -> tuple[Floats, tuple[int, int]] | None:
         """Return a convolution's kernel (height, width, in, out), strides, if it is one."""

@@ -8,7 +8,9 @@ classify keeps its own names and dtypes.
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,22 +39,20 @@ class Source:
     serve: tf.types.experimental.PolymorphicFunction
     tensors: onnx.Tensors
     saved_model: Path
+    lite: Path  # the SavedModel that TFLite files are made from
     onnx: Path
     rows: NDArray[Any]  # for calibration
 
 
+MakeServe = Callable[[keras.Model], tf.types.experimental.PolymorphicFunction]
 Write = Callable[[Source, Path, Metadata], None]
 WRITERS: dict[str, Write] = {
     "saved-model": lambda s, path, about: saved_model.write(s.model, s.serve, path, about),
-    "tflite-float32": lambda s, path, about: tflite.write(s.saved_model, path, about),
-    "tflite-float16": lambda s, path, about: tflite.write_float16(s.saved_model, path, about),
-    "tflite-dynamic-range": lambda s, path, about: tflite.write_dynamic_range(
-        s.saved_model, path, about
-    ),
-    "tflite-int8": lambda s, path, about: tflite.write_int8(s.saved_model, path, about, s.rows),
-    "tflite-int16x8": lambda s, path, about: tflite.write_int16x8(
-        s.saved_model, path, about, s.rows
-    ),
+    "tflite-float32": lambda s, path, about: tflite.write(s.lite, path, about),
+    "tflite-float16": lambda s, path, about: tflite.write_float16(s.lite, path, about),
+    "tflite-dynamic-range": lambda s, path, about: tflite.write_dynamic_range(s.lite, path, about),
+    "tflite-int8": lambda s, path, about: tflite.write_int8(s.lite, path, about, s.rows),
+    "tflite-int16x8": lambda s, path, about: tflite.write_int16x8(s.lite, path, about, s.rows),
     "onnx-float32": lambda s, path, about: onnx.write(s.serve, path, about, s.tensors),
     "onnx-float16": lambda s, path, about: narrow.write_float16(s.onnx, path, about),
     "onnx-int8": lambda s, path, about: narrow.write_int8(s.onnx, path, about, s.rows),
@@ -141,37 +141,57 @@ def convert(
         )
     chosen = calibration.choose(data)
     calibration.write(chosen, data, folder / "calibration.json")
-    model = keras.models.load_model(trained.path)
+    model = keras.models.load_model(trained.path, compile=False)
     needed = {*config.required, config.serve}
     planned = {
         one.name: replace(one, required=one.required or one.name in needed) for one in plan(folder)
     }
-    serve = serving_function(model) if data.classifies else generic_function(model)
+    make = serving_function if data.classifies else generic_function
+    serve = make(model)
     _check_input(serve, chosen.images, data)
-    source = Source(
-        model=model,
-        serve=serve,
-        tensors=onnx.CLASSIFIER if data.classifies else onnx.tensors_of(serve),
-        saved_model=planned["saved-model"].path,
-        onnx=planned["onnx-float32"].path,
-        rows=chosen.images,
-    )
     about = Metadata.of(trained, data, run)
     written = []
-    for variant in planned.values():
-        calibrated = {"calibration_sha256": chosen.sha256} if variant.name in CALIBRATED else {}
-        texts = about.with_texts(
-            variant=variant.name,
-            precision=variant.precision,
-            session=json.dumps(dict(variant.session)),
-            **calibrated,
+    with _lite_source(model, make, planned["saved-model"].path) as lite:
+        source = Source(
+            model=model,
+            serve=serve,
+            tensors=onnx.CLASSIFIER if data.classifies else onnx.tensors_of(serve),
+            saved_model=planned["saved-model"].path,
+            lite=lite,
+            onnx=planned["onnx-float32"].path,
+            rows=chosen.images,
         )
-        written.append(_write(variant, source, texts))
-        if not written[-1].failure:
-            metadata.check(written[-1], data, digest)
+        for variant in planned.values():
+            calibrated = {"calibration_sha256": chosen.sha256} if variant.name in CALIBRATED else {}
+            texts = about.with_texts(
+                variant=variant.name,
+                precision=variant.precision,
+                session=json.dumps(dict(variant.session)),
+                **calibrated,
+            )
+            written.append(_write(variant, source, texts))
+            if not written[-1].failure:
+                metadata.check(written[-1], data, digest)
     log.info("exported SavedModel, TFLite and ONNX to %s", folder)
     whole = tuple(_in_range(written, source))
     return Exports(whole, parent_sha256=digest, calibration=folder / "calibration.json")
+
+
+@contextmanager
+def _lite_source(model: keras.Model, make: MakeServe, exported: Path) -> Iterator[Path]:
+    """Give the SavedModel that TFLite is made from: the exported one, or one of its own.
+
+    Where planes are averaged the latter, in which they are averaged as TFLite does it best.
+    """
+    averages = tflite.averages(model)
+    if not averages:
+        yield exported
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "saved_model")
+        with tflite.in_two_steps(averages):
+            saved_model.write(model, make(model), path, Metadata({}))
+        yield path
 
 
 def serving_function(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:

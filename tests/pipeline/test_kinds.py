@@ -12,13 +12,25 @@ import numpy as np
 import pytest
 from keras import layers
 
-from pipeline import check, config, dataset, evaluate, export, models, parity, publish, verify
+from pipeline import (
+    check,
+    config,
+    dataset,
+    evaluate,
+    export,
+    models,
+    parity,
+    promote,
+    publish,
+    verify,
+)
 from pipeline.config import DataConfig, ExportConfig, GateConfig
+from pipeline.endpoint import Endpoint
 from pipeline.errors import ExportError, ParityError
 from pipeline.explain import worst
 from pipeline.records import Dataset, Exports, Scores, Trained
 from protos import bundle_pb2
-from service import bundle
+from service import aliases, bundle
 from service.client import Client
 
 pytestmark = pytest.mark.slow
@@ -130,6 +142,7 @@ NETWORKS = [  # the layers, the shape of an image, classes, the dtype that the m
 
 @pytest.mark.parametrize(("body", "shape", "classes", "dtype"), NETWORKS)
 def test_a_network_is_exported_proven_and_served(body, shape, classes, dtype, tmp_path, no_cost):
+    keras.utils.set_random_seed(2)
     large = shape[0] > 100
     data = dataset.from_arrays(
         stripes(shape, classes, max(60 if large else 240, 2 * classes), 0),
@@ -215,6 +228,14 @@ def test_every_variant_of_a_line_passes_or_says_why(published):
 def test_a_bundle_of_a_line_passes_the_check_and_is_explained(published):
     assert check.whole_bundle(published, published / "variants/saved_model").failure == ""
     assert not worst.explain(worst.of_bundle(published, "onnx-float16", 4)).diverges
+
+
+def test_a_line_is_promoted_by_its_differences_alone(published, line):
+    home = published.parent
+    with verify.server(home.parent) as address:
+        promote.promote(published, line.data, [Endpoint(address)])
+
+    assert aliases.read(home) == {"champion": 1}
 
 
 def test_a_line_of_another_error_than_the_evaluations_is_refused(line, tmp_path, no_cost):

@@ -101,6 +101,25 @@ def test_dynamic_range_of_few_weights_is_labelled_as_float32_again(small):
     )
 
 
+def test_planes_are_averaged_in_two_steps_where_tflite_is_made_and_in_one_after(tmp_path):
+    image = keras.Input((28, 28, 1), dtype="uint8", name="image")
+    pool = keras.layers.GlobalAveragePooling2D(keepdims=True)
+    inner = keras.Sequential([keras.layers.Rescaling(1 / 255), pool, keras.layers.Flatten()])
+    model = keras.Model(image, inner(image))
+    images = np.random.default_rng(1).integers(0, 256, (3, 28, 28, 1), np.uint8)
+    traced = {}
+
+    for name in ("two", "one"):
+        with tflite.in_two_steps(tflite.averages(model) if name == "two" else []):
+            serve = export.serving_function(model).get_concrete_function()
+        kinds = [operation.type for operation in serve.graph.get_operations()]
+        traced[name] = kinds.count("Mean"), serve(tf.constant(images))["logits"].numpy()
+
+    assert tflite.averages(model) == [pool]
+    assert (traced["two"][0], traced["one"][0]) == (2, 1)
+    np.testing.assert_allclose(traced["two"][1], traced["one"][1], rtol=1e-6)
+
+
 def test_an_operator_that_tflite_does_not_have_is_refused_in_a_sentence(tmp_path):
     class Odd(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec((None, 3), tf.float32, name="image")])
