@@ -15,6 +15,10 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+ONNX = r"onnx-(float32|float16|int8)"
+TFLITE = r"tflite-(float32|float16|dynamic-range|int8|int16x8)"
+ServedName = Annotated[str, Field(pattern=rf"^(best|{ONNX})$")]
+VariantName = Annotated[str, Field(pattern=rf"^(saved-model|{TFLITE}|{ONNX})$")]
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -71,6 +75,7 @@ class TrainingConfig:
     early_stopping: Whole = 0  # epochs without a lower validation loss that end it; 0: none do
     augmentation: Augmentation = field(default_factory=Augmentation)
     steps_per_execution: Count = 1  # steps in one call of TensorFlow
+    shards: Count = 1  # pieces of a batch that are computed at the same time, a core each
     xla: bool = False
     mixed_precision: bool = False  # float16 between layers, on a GPU that computes in it
     seed: Whole = 42
@@ -98,8 +103,8 @@ class ExportConfig:
 
     __pydantic_config__ = STRICT
 
-    serve: str = "onnx-float32"  # an ONNX variant; best: the fastest one that passed, measured here
-    required: tuple[str, ...] = ()  # variants without which nothing is published, besides float32
+    serve: ServedName = "onnx-float32"  # best: the fastest ONNX variant that passed, measured here
+    required: tuple[VariantName, ...] = ()  # nothing is published without, besides float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,7 @@ def quick() -> Config:
             schedule="cosine",
             warmup_share=0.1,
             steps_per_execution=20,
+            shards=2,
         ),
         gate=GateConfig(min_accuracy=0.90),
     )
@@ -173,6 +179,7 @@ def accurate() -> Config:
             ema=0.999,
             augmentation=Augmentation(flip=True),
             steps_per_execution=20,
+            shards=2,
         ),
         gate=GateConfig(min_accuracy=0.925),
     )

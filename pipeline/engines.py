@@ -4,6 +4,7 @@ Both take the same batches, call the same functions in between, and leave the sa
 model, bit for bit. Neither knows what an epoch is for: no validation, no checkpoints.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import tensorflow as tf
 from pipeline.config import TrainingConfig
 from pipeline.recipe import Objective
 
+Count = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], object]  # inputs, targets, outputs
 After = Callable[[int], None]  # called with the steps that were done in this call of `train`
 
 
@@ -30,11 +32,20 @@ class Engine(Protocol):
 
 
 class Fit:
-    """Keras' own loop."""
+    """Keras' own loop, and its own step where a batch is computed in one piece."""
 
-    def __init__(self, model: keras.Model, objective: Objective) -> None:
+    def __init__(self, model: keras.Model, objective: Objective, shards: int = 1) -> None:
         self._model = model
         self._trackers = trackers(model, objective)
+        if shards > 1:
+            # Keras makes its own wrapper of the accuracy when it first counts.
+            step = Step(model, objective, shards, model.compute_metrics)
+
+            def train_step(batch: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
+                step(*batch)
+                return {one.name: one.result() for one in self._trackers}
+
+            model.train_step = train_step
 
     def train(self, batches: tf.data.Dataset, before: Callable[[], None], after: After) -> None:
         """See `Engine`."""
@@ -76,11 +87,10 @@ class Tape:
     """`tf.GradientTape` and an optimizer, compiled."""
 
     def __init__(self, model: keras.Model, objective: Objective, config: TrainingConfig) -> None:
-        self._model = model
-        self._objective = objective
         self._trackers = trackers(model, objective)
         self._chunk = config.steps_per_execution
-        self._step = tf.function(self._one, reduce_retracing=True, jit_compile=config.xla)
+        step = Step(model, objective, config.shards, _counting(objective))
+        self._step = tf.function(step, reduce_retracing=True, jit_compile=config.xla)
         self._steps = tf.function(self._several, reduce_retracing=True)
 
     def train(self, batches: tf.data.Dataset, before: Callable[[], None], after: After) -> None:
@@ -99,24 +109,71 @@ class Tape:
             inputs, targets = batches.get_next()
             self._step(inputs, targets)
 
-    def _one(self, inputs: tf.Tensor, targets: tf.Tensor) -> None:
+
+class Step:
+    """One step of an optimizer, on a batch in one piece or in several.
+
+    Pieces have no order between them, so that TensorFlow computes them at the same time, a core
+    each, without waiting for all cores after every operator. Their gradients are averaged by rows:
+    the same step up to rounding, but for layers that look at a whole batch (BatchNormalization) and
+    then see a piece of it.
+    """
+
+    def __init__(self, model: keras.Model, objective: Objective, shards: int, count: Count) -> None:
+        self._model = model
+        self._loss = objective.loss
+        self._mean = trackers(model, objective)[0]
+        self._shards = shards
+        self._count = count
+
+    def __call__(self, inputs: tf.Tensor, targets: tf.Tensor) -> None:
+        """Change the weights, and count loss and accuracy."""
+        if self._shards == 1:
+            gradients = self._piece(inputs, targets)
+        else:
+            gradients = self._averaged(inputs, targets)
+        variables = self._model.trainable_variables
+        self._model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+    def _averaged(self, inputs: tf.Tensor, targets: tf.Tensor) -> list[tf.Tensor]:
+        rows = tf.shape(inputs)[0]
+        borders = [rows * place // self._shards for place in range(self._shards + 1)]
+        found, weights = [], []
+        for start, end in itertools.pairwise(borders):
+            # With fewer rows than pieces one comes twice, rather than a mean of nothing.
+            stop = tf.maximum(end, start + 1)
+            found.append(self._piece(inputs[start:stop], targets[start:stop]))
+            weights.append(tf.cast(stop - start, tf.float32))
+        shares = [weight / tf.add_n(weights) for weight in weights]
+        return [
+            tf.add_n([share * one for share, one in zip(shares, of_variable, strict=True)])
+            for of_variable in zip(*found, strict=True)
+        ]
+
+    def _piece(self, inputs: tf.Tensor, targets: tf.Tensor) -> list[tf.Tensor]:
+        """Return the gradients of some rows, scaled as the optimizer wants them."""
         model = self._model
         with tf.GradientTape() as tape:
             outputs = model(inputs, training=True)
-            loss = tf.add_n([self._objective.loss(targets, outputs), *model.losses])
+            loss = tf.add_n([self._loss(targets, outputs), *model.losses])
             scaled = model.optimizer.scale_loss(loss)
-        variables = model.trainable_variables
-        model.optimizer.apply_gradients(
-            zip(tape.gradient(scaled, variables), variables, strict=True)
-        )
-        self._trackers[0].update_state(loss, sample_weight=tf.shape(inputs)[0])
-        if self._objective.accuracy is not None:
-            self._objective.accuracy.update_state(targets, outputs)
+        self._mean.update_state(loss, sample_weight=tf.shape(inputs)[0])
+        self._count(inputs, targets, outputs)
+        gradients: list[tf.Tensor] = tape.gradient(scaled, model.trainable_variables)
+        return gradients
 
 
 def trackers(model: keras.Model, objective: Objective) -> list[keras.metrics.Metric]:
     """Return what a compiled model keeps of an epoch: its mean loss and, of classes, accuracy."""
     return [model.metrics[0], *([objective.accuracy] if objective.accuracy else [])]
+
+
+def _counting(objective: Objective) -> Count:
+    def count(_: tf.Tensor, targets: tf.Tensor, outputs: tf.Tensor) -> None:
+        if objective.accuracy is not None:
+            objective.accuracy.update_state(targets, outputs)
+
+    return count
 
 
 def _reset(metrics: list[keras.metrics.Metric]) -> None:
@@ -126,4 +183,6 @@ def _reset(metrics: list[keras.metrics.Metric]) -> None:
 
 def build(model: keras.Model, objective: Objective, config: TrainingConfig) -> Engine:
     """Return the engine of the settings for a compiled model."""
-    return Tape(model, objective, config) if config.engine == "tape" else Fit(model, objective)
+    if config.engine == "tape":
+        return Tape(model, objective, config)
+    return Fit(model, objective, config.shards)

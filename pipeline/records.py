@@ -161,7 +161,7 @@ class Checked:
 
     reports: tuple[Path, ...]  # one ParityReport as JSON an export, in the order of the table
     answers: Path  # .npz: `reference` and one entry a variant, logits of the test images, and
-    # `hostile_images` with `hostile_reference`
+    # `hostile_inputs` with `hostile_reference`
     served_variant: str
     precision: str  # of its budget
     scale: float  # of the budgets: median of the reference's largest |logit|

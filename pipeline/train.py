@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,10 @@ class _Training:
             )
             self._model.optimizer.build(self._model.trainable_variables)
         self._trackers = engines.trackers(self._model, objective)
-        self._engine = engines.build(self._model, objective, config)
+        alone = spread.num_replicas_in_sync == 1  # else the devices share a batch already
+        self._engine = engines.build(
+            self._model, objective, config if alone else replace(config, shards=1)
+        )
         self._answer = tf.function(
             lambda inputs: self._model(inputs, training=False), reduce_retracing=True
         )

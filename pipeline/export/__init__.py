@@ -20,14 +20,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from pipeline.config import ExportConfig
-from pipeline.errors import ConfigError, ExportError
+from pipeline.errors import ExportError
 from pipeline.export import calibration, metadata, narrow, onnx, saved_model, tflite
 from pipeline.export.metadata import Metadata
 from pipeline.records import Dataset, Exports, Trained, Variant
 from service import bundle
 
 log = logging.getLogger(__name__)
-BEST = "best"  # to be served: the fastest one that passed
 DEFAULT = ExportConfig()
 
 
@@ -64,22 +63,6 @@ CALIBRATED = {"tflite-int8", "tflite-int16x8", "onnx-int8"}
 def names() -> tuple[str, ...]:
     """Return the names of all variants, in the order of the table."""
     return tuple(WRITERS)
-
-
-def check_config(config: ExportConfig) -> None:
-    """Refuse variants that there are not, before anything is trained.
-
-    Raises:
-        ConfigError: one is unknown, or is to be served and is no ONNX one.
-    """
-    unknown = [name for name in config.required if name not in WRITERS]
-    if unknown:
-        raise ConfigError(
-            f"export.required names {', '.join(unknown)}, expected some of {', '.join(WRITERS)}"
-        )
-    served = [BEST, *(name for name in WRITERS if name.startswith("onnx-"))]
-    if config.serve not in served:
-        raise ConfigError(f"export.serve is {config.serve!r}, expected one of {', '.join(served)}")
 
 
 def plan(folder: Path) -> tuple[Variant, ...]:
@@ -125,12 +108,10 @@ def convert(
             it has reported them all.
 
     Raises:
-        ConfigError: there are no such variants.
         ExportError: the model does not take its data, a variant that others are made from cannot
             be written, a file does not say the right labels, or the original is no longer the file
             that was trained.
     """
-    check_config(config)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     digest = bundle.file_sha256(trained.path)

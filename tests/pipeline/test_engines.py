@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from pipeline import device, engines, recipe
 from pipeline.config import Augmentation, TrainingConfig
@@ -61,6 +62,7 @@ def train(config):
         {"optimizer": "adam", "ema": 0.9, "schedule": "cosine", "label_smoothing": 0.1},
         {"optimizer": "adamw", "weight_decay": 0.01, "steps_per_execution": 3},
         {"optimizer": "rmsprop", "momentum": 0.5, "augmentation": Augmentation(flip=True)},
+        {"optimizer": "adam", "shards": 3, "steps_per_execution": 2},
     ],
 )
 def test_both_engines_give_the_same_weights_after_every_step(settings):
@@ -91,6 +93,28 @@ def test_averages_do_not_take_the_weights_place_between_epochs(engine):
 
     for one, other in zip(with_averages[1][-1], without[1][-1], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 40])
+def test_a_batch_in_pieces_is_the_same_step_up_to_rounding(shards):
+    config = TrainingConfig(optimizer="sgd", learning_rate=0.1, batch_rows=16)
+    inputs, targets = tf.constant(SPLIT.inputs[:7]), tf.constant(SPLIT.targets[:7])
+    found = []
+    for pieces in (1, shards):  # more than there are rows, too
+        keras.utils.set_random_seed(5)
+        image = keras.Input((8, 8, 1), dtype="uint8")
+        x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(image))
+        model = keras.Model(image, keras.layers.Dense(CLASSES, kernel_regularizer="l2")(x))
+        objective = recipe.objective(config, CLASSES)
+        model.compile(recipe.optimizer(config, 10), objective.loss, metrics=[objective.accuracy])
+        step = engines.Step(model, objective, pieces, model.compute_metrics)
+        tf.function(step)(inputs, targets)
+        found.append([variable.numpy() for variable in model.trainable_variables])
+
+    for whole, parts in zip(*found, strict=True):
+        if shards <= len(inputs):
+            np.testing.assert_allclose(parts, whole, atol=1e-6)
+        assert np.isfinite(parts).all()
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import onnx
 import pytest
 import tensorflow as tf
 
-from pipeline import dataset, export
+from pipeline import config, dataset, export
 from pipeline.config import ExportConfig
-from pipeline.errors import ConfigError, ExportError
+from pipeline.errors import ExportError
 from pipeline.export import onnx as onnx_export
 from pipeline.export.metadata import Metadata
 from protos import bundle_pb2
@@ -181,22 +181,11 @@ def test_what_the_settings_require_or_serve_is_required(quickly, trained, data, 
     assert found.named("onnx-int8").required
 
 
-@pytest.mark.parametrize(
-    ("chosen", "said"),
-    [
-        (ExportConfig(required=("tflite-int8", "int8")), "export.required names int8, expected"),
-        (ExportConfig(serve="int8"), "export.serve is 'int8', expected one of best, onnx-float32"),
-        (ExportConfig(serve="tflite-int8"), "export.serve is 'tflite-int8', expected one of"),
-    ],
-)
-def test_a_variant_that_there_is_not_is_refused_before_anything_is_trained(chosen, said):
-    with pytest.raises(ConfigError, match=said):
-        export.check_config(chosen)
-
-
-def test_every_onnx_variant_and_the_best_may_be_served():
-    for name in ("best", *(one for one in export.names() if one.startswith("onnx-"))):
-        export.check_config(ExportConfig(serve=name, required=export.names()))
+def test_settings_name_the_variants_that_there_are():
+    served = ["best", *(one for one in export.names() if one.startswith("onnx-"))]
+    for name in served:
+        tables = {"export": {"serve": name, "required": export.names()}}
+        assert config.build("quick", tables).export.required == export.names()
 
 
 def test_pixels_of_a_model_that_takes_floats_are_cast_inside():
