@@ -106,15 +106,16 @@ def _parity_table(one: parity_pb2.VersionParity) -> Table:
 
 def _parity_row(report: bundle_pb2.ParityReport, rows: int) -> list[str]:
     own = report.accuracy.rows
+    classifies = report.reference_accuracy.rows > 0
     # As its verdict is of: integers are judged by a percentile.
     apart = report.logits.p999 if report.budget.precision == INT8 else report.logits.max
     return [
         escape(report.variant) + (f", {own:,}" if own != rows else ""),
-        f"{report.accuracy.value:.2%}",
-        f"{report.agreement:.2%}",
+        f"{report.accuracy.value:.2%}" if classifies else "",
+        f"{report.agreement:.2%}" if classifies else "",
         f"{apart:.2g}",
         _of_allowed(apart, report.budget.max_logit),
-        _flips(report.flips_explained, report.flips_unexplained),
+        _flips(report.flips_explained, report.flips_unexplained) if classifies else "",
         "[green]passed[/]" if report.passed else "[red]failed[/]",
     ]
 

@@ -20,6 +20,7 @@ def version():
         report.variant, report.passed, report.agreement = name, True, 1.0
         report.budget.CopyFrom(BUDGET)
         report.accuracy.rows, report.accuracy.value = 10_000, 0.9
+        report.reference_accuracy.rows = 10_000
         report.logits.max = 5e-5
     one.self_check.cpu, one.self_check.cpu_flags[:] = "Fast", ["avx2", "fma"]
     one.self_check.session.graph_optimization = "all"
@@ -133,3 +134,10 @@ def test_without_a_report_in_the_window_nothing_is_claimed(version):
 
 def test_a_server_that_has_loaded_nothing_says_so():
     assert "nothing is loaded" in shown()
+
+
+def test_what_does_not_classify_has_no_accuracy_and_no_flips(version):
+    for report in (version.variants[0], version.self_check.report):
+        report.reference_accuracy.rows = 0
+
+    assert row(shown(version), "onnx-float32")[1] == "5e-05"
