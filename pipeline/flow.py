@@ -6,6 +6,8 @@ Nothing of TensorFlow is imported before it runs, so that it is deployed in seco
 import json
 import logging
 import os
+import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
+from prefect.server.api.server import SubprocessASGIServer
 from prefect.states import AwaitingRetry
 from prefect.transactions import transaction
 
@@ -148,6 +151,28 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         ]
         stages.once(promote.promote)(published.path, prepared, servers)
     return str(published.path)
+
+
+def shield_server() -> None:
+    """Have the temporary server that Prefect starts here live in a session of its own.
+
+    Ctrl-C in a terminal reaches every process of its group; without the server Prefect would wait
+    for minutes to tell it that the run has ended.
+    """
+    stock = SubprocessASGIServer._run_uvicorn_command
+    if getattr(stock, "apart", False):
+        return
+
+    def start(server: SubprocessASGIServer) -> Any:  # noqa: ANN401  as Prefect has it
+        popen = subprocess.Popen
+        subprocess.Popen = partial(popen, start_new_session=True)  # type: ignore[misc, assignment]
+        try:
+            return stock(server)
+        finally:
+            subprocess.Popen = popen  # type: ignore[misc]
+
+    start.apart = True  # type: ignore[attr-defined]
+    SubprocessASGIServer._run_uvicorn_command = start  # type: ignore[method-assign, assignment]
 
 
 def run_id() -> str:

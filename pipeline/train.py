@@ -62,7 +62,8 @@ def fit(
     Raises:
         ConfigError: there is no such network, it does not fit the data, or this process is one of
             several workers.
-        TrainingError: the loss is no longer a number, or `run` has checkpoints of other settings.
+        TrainingError: the loss is no longer a number, or `run` has checkpoints of other settings
+            or of more epochs.
         InterruptedTrainingError: SIGTERM came; the state is saved.
     """
     computes_on = device.prepare()
@@ -74,6 +75,11 @@ def fit(
     found = checkpoint.latest(folder, known)
     training = _Training(data, config, folder, known)
     history = found.history if found else ()
+    if len(history) > config.epochs:
+        raise TrainingError(
+            f"{folder} has {len(history)} epochs of this very run, {config.epochs} are asked for; "
+            f"ask for {len(history)} or more, or train with --fresh"
+        )
     if _is_over(history, config):
         log.info("all %d epochs of this very run are in %s: nothing to train", len(history), folder)
     else:

@@ -166,7 +166,8 @@ def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
     with quietly():
         import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
 
-        from pipeline.flow import train_export  # noqa: PLC0415  not to print the help
+        from pipeline.flow import shield_server, train_export  # noqa: PLC0415  not to print the help
+    shield_server()
     with _reached():
         path: str = train_export(**parameters)
         return path

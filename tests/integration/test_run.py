@@ -1,6 +1,7 @@
 """The command line `train-export run`, whole: what it prints, leaves, and survives."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -223,3 +224,23 @@ def test_a_prefect_server_that_is_not_there_is_one_sentence(environment, tmp_pat
     assert status == 1
     assert "start that Prefect server, or unset PREFECT_API_URL" in output.splitlines()[-1]
     assert "Traceback" not in output
+
+
+def test_ctrl_c_in_a_terminal_ends_a_run_at_once_though_it_reaches_prefects_server_too(
+    environment, tmp_path
+):
+    with subprocess.Popen(
+        RUN, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "epoch 1 of 2" in line:
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(60)
+    output = "".join(lines)
+
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "stopped; nothing was published" in output

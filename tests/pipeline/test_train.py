@@ -193,10 +193,15 @@ def test_a_signal_within_an_epoch_loses_no_step(few, undisturbed, tmp_path, monk
 def test_a_finished_run_is_not_trained_again_and_the_log_says_so(few, undisturbed, caplog):
     caplog.set_level("INFO")
 
-    again = train.fit(few, replace(CONFIG, epochs=1), undisturbed.path.parent.parent)
+    again = train.fit(few, CONFIG, undisturbed.path.parent.parent)
 
     assert again == undisturbed
     assert "nothing to train" in caplog.text
+
+
+def test_fewer_epochs_than_there_are_do_not_pass_for_what_was_asked_for(few, undisturbed):
+    with pytest.raises(TrainingError, match="has 3 epochs of this very run, 1 are asked for"):
+        train.fit(few, replace(CONFIG, epochs=1), undisturbed.path.parent.parent)
 
 
 def test_more_epochs_go_on_where_fewer_ended(few, undisturbed, tmp_path):
