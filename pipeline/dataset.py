@@ -156,6 +156,11 @@ def load(dataset: Dataset) -> Splits:
     )
 
 
+def file_stem(label: str) -> str:
+    """Return what the example of a class is called, without its suffix."""
+    return re.sub(r"\W+", "-", label.lower()).strip("-")
+
+
 def write_examples(dataset: Dataset, folder: Path) -> Path:
     """Write the first test image of up to 20 classes as `LABEL.png`, to ask a server about.
 
@@ -174,7 +179,7 @@ def write_examples(dataset: Dataset, folder: Path) -> Path:
     for index, label in enumerate(dataset.labels[:MAX_EXAMPLES]):
         rows = np.flatnonzero(test.targets == index)
         if len(rows):
-            name = re.sub(r"\W+", "-", label.lower()).strip("-")
+            name = file_stem(label)
             if not name or name in written:
                 name = f"{name}-{index}".strip("-")
             written.add(name)

@@ -296,9 +296,12 @@ def _log(report: bundle_pb2.ParityReport) -> None:
     if not report.accuracy.rows:
         log.info("%s: failed, %s", report.variant, report.failure)
         return
+    by_share = report.budget.precision == "int8"  # judged by a percentile
     log.info(
-        "%s: max |Δlogit| %.2g of %.2g allowed, agreement %.2f %%, %d flips: %s",
-        report.variant, report.logits.max, report.budget.max_logit, 100 * report.agreement,
+        "%s: %s |Δlogit| %.2g of %.2g allowed, agreement %.2f %%, %d flips: %s",
+        report.variant, "p99.9" if by_share else "max",
+        report.logits.p999 if by_share else report.logits.max,
+        report.budget.max_logit, 100 * report.agreement,
         report.flips_explained + report.flips_unexplained,
         "passed" if report.passed else f"failed, {report.failure}",
     )  # fmt: skip

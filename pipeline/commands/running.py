@@ -207,9 +207,10 @@ def _show(path: Path, models: Path, runs: Path) -> None:
     if not shutil.which(serve):  # the environment is not activated: `make run` does not need it
         serve = os.path.relpath(Path(sys.executable).with_name(serve))
     print(f"serve:  {serve} serve --repository {models}")
-    example = next(iter(sorted((runs / "examples").glob("trouser.png"))), None)
-    if example:
-        print(f"ask:    {serve} predict {example} --model {manifest.name}")
+    stems = sorted(map(dataset.file_stem, manifest.labels), key=lambda stem: stem != "trouser")
+    examples = [path for stem in stems if (path := runs / "examples" / f"{stem}.png").is_file()]
+    if examples:
+        print(f"ask:    {serve} predict {examples[0]} --model {manifest.name}")
 
 
 def _text(path: Path | None) -> str | None:

@@ -37,7 +37,9 @@ def of_bundle(path: Path, variant: str, rows: int) -> Asked:
     """
     content = bundle.read(path)
     reports = {one.variant: one for one in content.manifest.parity}
-    files = {name: one.path for name, one in reports.items() if (path / one.path).exists()}
+    files = {
+        name: one.path for name, one in reports.items() if one.path and (path / one.path).exists()
+    }
     missing = [one for one in (variant, ORIGINAL) if one not in files]
     if missing:
         raise ParityError(
