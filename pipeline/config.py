@@ -19,6 +19,11 @@ ONNX = r"onnx-(float32|float16|int8)"
 TFLITE = r"tflite-(float32|float16|dynamic-range|int8|int16x8)"
 ServedName = Annotated[str, Field(pattern=rf"^(best|{ONNX})$")]
 VariantName = Annotated[str, Field(pattern=rf"^(saved-model|{TFLITE}|{ONNX})$")]
+NETWORKS = (  # of pipeline.models, which takes TensorFlow to import
+    "dense", "conv10", "conv10-dropout", "conv64", "conv64x2", "conv32-64", "rps", "linear", "small",
+    "accurate",
+)  # fmt: skip
+Network = Annotated[str, Field(pattern=rf"^({'|'.join(NETWORKS)}|[\w.]+:\w+)$")]
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -59,7 +64,9 @@ class TrainingConfig:
 
     __pydantic_config__ = STRICT
 
-    architecture: str = "conv10-dropout"  # as `train-export models` lists them, or module:function
+    architecture: Network = (
+        "conv10-dropout"  # as `train-export models` lists them, or module:function
+    )
     architecture_settings: dict[str, Any] = field(default_factory=dict)  # what that function takes
     engine: Literal["fit", "tape"] = "fit"  # Keras' own loop, or ours with tf.GradientTape
     epochs: Count = 10

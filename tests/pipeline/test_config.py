@@ -62,6 +62,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         ("training.ema=1.0", "training.ema is 1.0: input should be less than 1"),
         ("data.size=[0, 1]", "data.size.0 is 0: input should be greater than or equal to 1"),
         ("publishing.name=../x", "publishing.name is '../x': string should match"),
+        ("training.architecture=conv11", "training.architecture is 'conv11': string should match"),
         ("export.serve=int8", "export.serve is 'int8': string should match pattern"),
         ("export.serve=tflite-int8", "export.serve is 'tflite-int8': "),
         ('export.required=["int8"]', "export.required.0 is 'int8': "),

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import models
+from pipeline import config, models
 from pipeline.errors import ConfigError
 from tests.pipeline.models import odd_nets
 
@@ -159,3 +159,7 @@ def test_multiply_adds_of_nested_and_repeated_layers_are_counted():
 
     assert models.count(build_odd("nested", (9, 9, 1)))[1] == convolutions + last
     assert models.count(models.build("conv32-64", (28, 28, 1), 10))[1] == 13_768_424
+
+
+def test_settings_know_the_networks_without_importing_them():
+    assert set(config.NETWORKS) == set(models.ARCHITECTURES)
