@@ -20,8 +20,8 @@ TFLITE = r"tflite-(float32|float16|dynamic-range|int8|int16x8)"
 ServedName = Annotated[str, Field(pattern=rf"^(best|{ONNX})$")]
 VariantName = Annotated[str, Field(pattern=rf"^(saved-model|{TFLITE}|{ONNX})$")]
 NETWORKS = (  # of pipeline.models, which takes TensorFlow to import
-    "dense", "conv10", "conv10-dropout", "conv64", "conv64x2", "conv32-64", "rps", "linear", "small",
-    "accurate",
+    "dense", "conv10", "conv10-dropout", "conv64", "conv64x2", "conv32-64", "rps", "linear",
+    "small", "accurate",
 )  # fmt: skip
 Network = Annotated[str, Field(pattern=rf"^({'|'.join(NETWORKS)}|[\w.]+:\w+)$")]
 STRICT = ConfigDict(extra="forbid")
