@@ -78,6 +78,8 @@ def epochs(preset: str, times: int, *, xla: bool) -> tuple[dict[str, list[float]
         "fit": {"engine": "fit"},
         "tape": {"engine": "tape"},
     }
+    if device.mixed_policy():
+        engine_settings["fit, 16 bits"] = {"engine": "fit", "mixed_precision": True}
     if xla:
         engine_settings["fit, XLA"] = {"engine": "fit", "xla": True}
     ways: dict[str, Epoch] = {"plain fit": plain(train, chosen.training)}
@@ -116,7 +118,10 @@ def ours(train: dataset.Split, settings: TrainingConfig) -> Epoch:
     """Return an epoch as `train` makes it, without checkpoint and validation."""
     objective = recipe.objective(settings, 10)
     feed = Feed(train, settings, objective.one_hot)
+    policy = device.mixed_policy() if settings.mixed_precision else None
+    keras.config.set_dtype_policy(policy or "float32")
     model = network(train, settings)
+    keras.config.set_dtype_policy("float32")
     model.compile(
         recipe.optimizer(settings, feed.steps * settings.epochs),
         objective.loss,

@@ -84,7 +84,7 @@ class TrainingConfig:
     steps_per_execution: Count = 1  # steps in one call of TensorFlow
     shards: Count = 1  # pieces of a batch that are computed at the same time, a core each
     xla: bool = False
-    mixed_precision: bool = False  # float16 between layers, on a GPU that computes in it
+    mixed_precision: bool = False  # 16 bits between layers, where this GPU or CPU is faster so
     seed: Whole = 42
     checkpoint_every_s: Positive = 300.0  # besides one at the end of every epoch
     keep: Count = 2  # how many of the last checkpoints; the best one is kept besides

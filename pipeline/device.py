@@ -6,7 +6,9 @@ from typing import Any
 import tensorflow as tf
 
 from pipeline.errors import ConfigError
+from service import host
 
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # as Linux calls what oneDNN multiplies with
 FLOAT16_CAPABILITY = (7, 0)  # of an NVIDIA GPU, from which on it computes in float16 faster
 
 
@@ -63,10 +65,16 @@ def mirrored(devices: list[str]) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(devices)
 
 
-def computes_in_float16() -> bool:
-    """Say whether the first GPU is faster in float16; no CPU is."""
+def mixed_policy() -> str | None:
+    """Return the Keras policy of 16 bits that is faster here; None: float32 is.
+
+    float16 on a GPU; bfloat16, which has float32's range, on a CPU with instructions for it.
+    """
     gpus = tf.config.list_physical_devices("GPU")
-    return bool(gpus) and _details(gpus[0]).get("compute_capability", (0, 0)) >= FLOAT16_CAPABILITY
+    if gpus:
+        capable = _details(gpus[0]).get("compute_capability", (0, 0)) >= FLOAT16_CAPABILITY
+        return "mixed_float16" if capable else None
+    return "mixed_bfloat16" if BFLOAT16_FLAGS & set(host.processor().flags) else None
 
 
 def _details(gpu: tf.config.PhysicalDevice) -> dict[str, Any]:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 VALIDATION_BATCH_ROWS = 1000
 # What changes neither a step nor the order of steps.
 WITHOUT_EFFECT = {"fresh", "keep", "checkpoint_every_s", "tensorboard", "early_stopping"}
+FULL = "float32"
 CODE = (augment, engines, feed, recipe, splits)
 
 
@@ -118,6 +119,7 @@ def settings(data: Dataset, config: TrainingConfig) -> dict[str, Any]:
         "data": [data.sha256, data.train_rows, data.validation_share, data.split_seed],
         **training,
         **{f"code of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in code},
+        "precision": (device.mixed_policy() if config.mixed_precision else None) or FULL,
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
     }
@@ -137,11 +139,11 @@ class _Training:
         keras.utils.set_random_seed(config.seed)
         objective = recipe.objective(config, len(data.labels))
         self._feed = feed.Feed(self._splits.train, config, objective.one_hot)
-        self._mixed = config.mixed_precision and device.computes_in_float16()
-        if config.mixed_precision and not self._mixed:
-            log.info("no GPU here computes in float16: training stays in float32")
+        mixed = device.mixed_policy() if config.mixed_precision else None
+        if config.mixed_precision:
+            log.info("training in %s", mixed or "float32: nothing here is faster in 16 bits")
         spread = device.strategy()
-        with spread.scope(), _precision(mixed=self._mixed):
+        with spread.scope(), _precision(mixed or FULL):
             self._model = self._network()
             self._model.compile(
                 optimizer=recipe.optimizer(config, config.epochs * self._feed.steps),
@@ -159,8 +161,10 @@ class _Training:
         self._engine = engines.build(
             self._model, objective, config if alone else replace(config, shards=1)
         )
+        # What is validated and saved: in float32, whatever is trained in.
+        self._plain = self._float32() if mixed else self._model
         self._answer = tf.function(
-            lambda inputs: self._model(inputs, training=False), reduce_retracing=True
+            lambda inputs: self._plain(inputs, training=False), reduce_retracing=True
         )
         self._history: tuple[Epoch, ...] = ()
         self._step = 0
@@ -234,6 +238,8 @@ class _Training:
         )
         figures = self._figures()
         with self._averaged():
+            if self._plain is not self._model:
+                self._plain.set_weights(self._model.get_weights())
             loss, accuracy = self._validate()
             done = Epoch(
                 number=number,
@@ -282,14 +288,11 @@ class _Training:
         self._saved_s = time.monotonic()
 
     def _save_model(self, path: Path) -> None:
-        """Write the model as it is exported: in float32, whatever it was trained in."""
-        if not self._mixed:
-            self._model.save(path)
-            return
-        with _precision(mixed=False):
-            plain = self._network()
-        plain.set_weights(self._model.get_weights())
-        plain.save(path)
+        self._plain.save(path)
+
+    def _float32(self) -> keras.Model:
+        with _precision(FULL):
+            return self._network()
 
     def _variables(self) -> list[Any]:
         """Return all that a step reads and writes, states of dropout included."""
@@ -365,9 +368,9 @@ def _check(done: Epoch) -> None:
 
 
 @contextmanager
-def _precision(*, mixed: bool) -> Iterator[None]:
+def _precision(policy: str) -> Iterator[None]:
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16" if mixed else "float32")
+    keras.config.set_dtype_policy(policy)
     try:
         yield
     finally:

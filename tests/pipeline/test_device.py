@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from pipeline import device
 from pipeline.errors import ConfigError
+from service import host
 
 
 def test_the_device_is_the_cpu_unless_there_is_a_gpu():
@@ -31,9 +32,19 @@ def test_several_workers_are_refused(monkeypatch):
         device.strategy()
 
 
-def test_no_cpu_computes_in_float16():
-    if not tf.config.list_physical_devices("GPU"):
-        assert not device.computes_in_float16()
+@pytest.mark.parametrize(
+    ("flags", "policy"),
+    [
+        (("avx2", "avx512_bf16"), "mixed_bfloat16"),
+        (("amx_bf16",), "mixed_bfloat16"),
+        (("avx2",), None),
+    ],
+)
+def test_a_cpu_is_faster_in_bfloat16_only_with_instructions_for_it(monkeypatch, flags, policy):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: [])
+    monkeypatch.setattr(host, "processor", lambda: SimpleNamespace(flags=flags))
+
+    assert device.mixed_policy() == policy
 
 
 def test_several_gpus_are_counted_and_named(monkeypatch):
@@ -47,4 +58,4 @@ def test_several_gpus_are_counted_and_named(monkeypatch):
     )
 
     assert device.prepare() == "2 x A"
-    assert device.computes_in_float16()
+    assert device.mixed_policy() == "mixed_float16"

@@ -275,17 +275,26 @@ def test_averaged_weights_are_validated_and_exported_but_not_trained_on(few, tmp
     assert found == pytest.approx(best.validation_loss, rel=1e-5)
 
 
-def test_a_model_trained_in_mixed_precision_is_saved_in_float32(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "computes_in_float16", lambda: True)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_model_trained_in_mixed_precision_is_validated_and_saved_in_float32(
+    few, tmp_path, monkeypatch, policy
+):
+    monkeypatch.setattr(device, "mixed_policy", lambda: policy)
     trained = train.fit(few, replace(CONFIG, epochs=1, mixed_precision=True), tmp_path)
     model = keras.models.load_model(trained.path)
 
     assert {layer.compute_dtype for layer in model.layers if layer.weights} == {"float32"}
     assert trained.history[0].validation_accuracy > 0.3
+    split = dataset.load(few).validation
+    right = model.predict(split.inputs, verbose=0).argmax(axis=1) == split.targets
+    assert trained.history[0].validation_accuracy == right.mean()
     assert keras.config.dtype_policy().name == "float32"
 
 
-def test_mixed_precision_is_left_out_where_no_gpu_computes_in_it(few, undisturbed, tmp_path):
+def test_mixed_precision_is_left_out_where_nothing_is_faster_in_it(
+    few, undisturbed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(device, "mixed_policy", lambda: None)
     found = train.fit(few, replace(CONFIG, mixed_precision=True), tmp_path)
 
     assert_same(found, undisturbed)
