@@ -163,6 +163,7 @@ def quick() -> Config:
             warmup_share=0.1,
             steps_per_execution=20,
             shards=2,
+            mixed_precision=True,
         ),
         gate=GateConfig(min_accuracy=0.90),
     )
