@@ -4,6 +4,7 @@ Never what an alias names, nor a model's newest version, nor what a run is worki
 goes by one rename, so that a server sees it whole or not at all, and its number stays taken.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -31,12 +32,12 @@ class Removed:
 
 
 def clean(models: Path, runs: Path, *, keep: int, dry_run: bool = False) -> list[Removed]:
-    """Remove all versions of each model and all runs but the newest, and results of what is gone.
+    """Remove all versions and runs of each model but the newest, and results of what is gone.
 
     Args:
         models: folder of the bundles.
         runs: folder of the runs.
-        keep: how many of each model's versions, and of the runs, stay; at least 1.
+        keep: how many of each model's versions, and of its runs, stay; at least 1.
         dry_run: only say what would go.
 
     Returns:
@@ -79,13 +80,25 @@ def _versions(home: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
 
 
 def _runs(runs: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
-    folders = sorted(status.run_folders(runs), key=status.changed_s, reverse=True)
-    for path in folders[keep:]:
+    of_model: dict[str, int] = {}
+    for path in sorted(status.run_folders(runs), key=status.changed_s, reverse=True):
+        name = _model_of(path)
+        of_model[name] = of_model.get(name, 0) + 1
+        if of_model[name] <= keep:
+            continue
         try:
             with files.locked(path / status.LOCK, wait=False):
                 yield _removed(path, dry_run)
         except BusyError:
             log.warning("%s is left as it is: a run is working in it", path)
+
+
+def _model_of(run: Path) -> str:
+    """Return which model a run is to publish; nothing where it does not say."""
+    try:
+        return str(json.loads((run / status.CONFIG).read_text())["publishing"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _results(runs: Path, dry_run: bool) -> Iterator[Removed]:

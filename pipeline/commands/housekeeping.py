@@ -49,7 +49,7 @@ def status(
 
 def clean(
     keep: Annotated[
-        int, typer.Option(min=1, help="How many of each model's versions, and of the runs, stay.")
+        int, typer.Option(min=1, help="How many of each model's versions, and of its runs, stay.")
     ],
     models: Models = Path("models"),
     runs: Runs = Path("runs"),

@@ -100,3 +100,11 @@ def test_the_locks_are_those_that_publishing_and_promoting_hold():
     from pipeline import promote
 
     assert (publish.LOCK, promote.LOCK) == (cleaning.LOCK, cleaning.PROMOTING)
+
+
+def test_the_runs_of_one_model_do_not_make_those_of_another_old(models, runs):
+    (runs / "a" / "config.json").write_text('{"publishing": {"name": "another"}}')
+
+    cleaning.clean(models, runs, keep=1)
+
+    assert left(runs) == ["a", "c"]
