@@ -78,8 +78,8 @@ def epochs(preset: str, times: int, *, xla: bool) -> tuple[dict[str, list[float]
         "fit": {"engine": "fit"},
         "tape": {"engine": "tape"},
     }
-    if device.mixed_policy():
-        engine_settings["fit, 16 bits"] = {"engine": "fit", "mixed_precision": True}
+    if chosen.training.mixed_precision and device.mixed_policy():
+        engine_settings["fit, float32"] = {"engine": "fit", "mixed_precision": False}
     if xla:
         engine_settings["fit, XLA"] = {"engine": "fit", "xla": True}
     ways: dict[str, Epoch] = {"plain fit": plain(train, chosen.training)}
