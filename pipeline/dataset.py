@@ -124,7 +124,9 @@ def verify(config: DataConfig) -> None:
     if kind == "fashion-mnist" and config.source is not None:
         fashion_mnist.verify_folder(config.source)
     elif kind not in {"fashion-mnist", LINE}:
-        _there(config, kind)
+        source = _there(config, kind)
+        if kind == "pictures":
+            picture_folder.verify(source, config)
 
 
 def load(dataset: Dataset) -> Splits:

@@ -90,13 +90,16 @@ def champion(models: Path, name: str) -> Path | None:
     try:
         named = aliases.read(home).get(aliases.CHAMPION)
     except ServiceError as error:
-        log.warning("%s; there is no champion to compare with", error)
+        log.warning("%s; there is no version to compare with", error)
         return None
     if named is not None:
         return home / str(named)
     there = [path for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
     versions = [int(path.name) for path in there if bundle.VERSION.fullmatch(path.name)]
-    return home / str(max(versions)) if versions else None
+    if not versions:
+        log.info("nothing is published yet under this name, to compare with")
+        return None
+    return home / str(max(versions))
 
 
 def _check_averages(model: keras.Model, trained: Trained) -> None:
@@ -153,9 +156,8 @@ def _classified(
 def _compared(
     path: Path | None, data: Dataset, test: dataset.Split, logits: NDArray[np.floating]
 ) -> Comparison | None:
-    """Hold the new model against the champion, on the same rows; None if that cannot be done."""
+    """Hold the new model against a published one, on the same rows; None if that cannot be done."""
     if path is None:
-        log.info("nothing is published yet under this name: no champion to compare with")
         return None
     try:
         published = bundle.read(path)
@@ -165,7 +167,7 @@ def _compared(
             return None
         answers = _answers(published, test)
     except (ServiceError, EvaluationError) as error:
-        log.warning("not compared with the champion, which cannot be asked: %s", error)
+        log.warning("not compared with version %s, which cannot be asked: %s", path.name, error)
         return None
     new = logits.argmax(axis=1) == test.targets
     old = answers.argmax(axis=1) == test.targets
@@ -178,8 +180,8 @@ def _compared(
         mcnemar_p=agreement.mcnemar(only_champion, only_new),
     )
     log.info(
-        "champion, version %d, on the same rows: accuracy %.2f %%; %d rows right only now, %d only "
-        "there, p %.2g",
+        "version %d on the same rows: accuracy %.2f %%; %d rows right only now, %d only there, "
+        "p %.2g",
         found.version, 100 * found.correct / len(old), only_new, only_champion, found.mcnemar_p,
     )  # fmt: skip
     return found
@@ -238,8 +240,8 @@ def _failures(data: Dataset, gate: GateConfig, scores: Scores) -> list[str]:
     old = scores.champion
     if old and scores.correct < old.correct and old.mcnemar_p < gate.champion_p:
         failures.append(
-            f"{scores.correct:,} of {scores.rows:,} test rows are right, of the champion, version "
-            f"{old.version}, {old.correct:,}: by chance with p {old.mcnemar_p:.2g}, the gate is "
-            f"{gate.champion_p:g}"
+            f"{scores.correct:,} of {scores.rows:,} test rows are right, of version {old.version}, "
+            f"which is published, {old.correct:,}: chance would do that with p "
+            f"{old.mcnemar_p:.2g}, below {gate.champion_p:g}"
         )
     return failures

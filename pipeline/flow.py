@@ -33,6 +33,7 @@ from service.errors import ServiceError
 
 log = logging.getLogger("pipeline.flow")  # a deployment loads this file under another name
 CONFIG = "config.json"  # every setting of a run, in its folder
+PUBLISHED = "published.json"  # what came of it, beside
 CURVES = "curves.png"
 
 
@@ -117,7 +118,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         files.locked(folder / "lock", wait=False),
         publish.staging(chosen.publishing) as hidden,
     ):
-        files.write_whole(folder / CONFIG, json.dumps(config.as_tables(chosen), indent=1).encode())
+        begin(folder, chosen)
         fit = stages.kept(train.fit, places=["run"], apart=["share"], anew=chosen.training.fresh)
         trained = fit(prepared, chosen.training, folder, tasks.Progress())
         stages.once(curves.draw)(
@@ -185,13 +186,21 @@ def another(champion: Path | None, trained: Trained) -> Path | None:
     if champion is None:
         return None
     if bundle.read_manifest(champion).provenance.parent_sha256 == trained.sha256:
-        log.info("the champion, version %s, is this very model", champion.name)
+        log.info("version %s is this very model: no comparison", champion.name)
         return None
     return champion
 
 
+def begin(folder: Path, chosen: config.Config) -> None:
+    """Write every setting into the folder of a run; what came of it is not known yet."""
+    (folder / PUBLISHED).unlink(missing_ok=True)
+    files.write_whole(folder / CONFIG, json.dumps(config.as_tables(chosen), indent=1).encode())
+
+
 def show(published: Published, folder: Path) -> None:
-    """Leave what was published among Prefect's artifacts."""
+    """Leave what was published among Prefect's artifacts, and a word of it in the run's folder."""
+    what = {"name": published.name, "version": published.version}
+    files.write_whole(folder / PUBLISHED, json.dumps(what).encode())
     manifest = bundle.read_manifest(published.path)
     title = f"{published.name} version {published.version}"
     create_markdown_artifact(

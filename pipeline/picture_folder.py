@@ -13,6 +13,7 @@ from pipeline.splits import Found, Split, hold_out
 
 PARTS = ("train", "test")
 SHOWN = 10  # of what cannot be read, by name
+TRIED = 30  # pictures that are read before anything else is done
 CHANNELS = {"gray": 1, "rgb": 3}
 MOST_IN_A_BYTE = 256
 
@@ -29,12 +30,7 @@ def read(folder: Path, config: DataConfig) -> Found:
         DatasetError: a class has none, some cannot be read (the first ten are named), or they have
             several sizes and `config` names none.
     """
-    homes = [folder / part for part in PARTS]
-    if not all(home.is_dir() for home in homes):
-        homes = [folder]
-    labels = tuple(one.name for one in _subfolders(homes[0]))
-    parts = [_files(home, labels) for home in homes]
-    _each_has_some(homes[0], labels, parts[0])
+    labels, parts = _parts(folder)
     files = [one for part in parts for one in part]
     images = _images([path for path, _ in files], config)
     targets = np.array([label for _, label in files])
@@ -46,6 +42,28 @@ def read(folder: Path, config: DataConfig) -> Found:
     border = len(parts[0])
     train = Split(images[:border], targets[:border])
     return Found(train, Split(images[border:], targets[border:]), labels, left)
+
+
+def verify(folder: Path, config: DataConfig) -> None:
+    """Read a few pictures from all over a folder, and keep nothing.
+
+    Raises:
+        DatasetError: as `read`, of these pictures.
+    """
+    _, parts = _parts(folder)
+    paths = [path for part in parts for path, _ in part]
+    _images(paths[:: -(-len(paths) // TRIED)], config)
+
+
+def _parts(folder: Path) -> tuple[tuple[str, ...], list[list[tuple[Path, int]]]]:
+    """Return the classes, and every picture with its class: of training, then of the test."""
+    homes = [folder / part for part in PARTS]
+    if not all(home.is_dir() for home in homes):
+        homes = [folder]
+    labels = tuple(one.name for one in _subfolders(homes[0]))
+    parts = [_files(home, labels) for home in homes]
+    _each_has_some(homes[0], labels, parts[0])
+    return labels, parts
 
 
 def _subfolders(folder: Path) -> list[Path]:

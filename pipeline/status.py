@@ -15,7 +15,7 @@ from service import aliases, bundle
 from service.errors import ServiceError
 
 log = logging.getLogger(__name__)
-LOCK, CONFIG = "lock", "config.json"  # in a run's folder
+LOCK, CONFIG, PUBLISHED, REFUSED = "lock", "config.json", "published.json", "refused.md"
 CHECKPOINTS = "checkpoints"  # state-EPOCHS-STEPS.json each, as `checkpoint` writes them
 
 
@@ -40,7 +40,7 @@ class Run:
     epochs_done: int
     epochs: int | None  # asked for; None where the run left no word of it
     changed: str  # RFC 3339
-    busy: bool  # a run is working in it now
+    state: str  # running; else what came of it: published NAME VERSION, refused, trained, stopped
 
 
 def versions(models: Path) -> list[Version]:
@@ -131,22 +131,35 @@ def _aliases(home: Path) -> dict[str, int]:
 
 def _run(path: Path) -> Run:
     newest = _states(path)[-1:]
+    done = int(newest[0].stem.split("-")[1]) if newest else 0
+    epochs = _fields(path / CONFIG).get("training", {}).get("epochs")
     return Run(
         folder=path,
-        epochs_done=int(newest[0].stem.split("-")[1]) if newest else 0,
-        epochs=_settings(path).get("training", {}).get("epochs"),
+        epochs_done=done,
+        epochs=epochs,
         changed=datetime.fromtimestamp(changed_s(path), UTC).isoformat(timespec="seconds"),
-        busy=is_busy(path),
+        state=_state(path, is_whole=epochs is not None and done >= epochs),
     )
+
+
+def _state(run: Path, *, is_whole: bool) -> str:
+    if is_busy(run):
+        return "running"
+    published = _fields(run / PUBLISHED)
+    if published:
+        return f"published {published.get('name')} {published.get('version')}"
+    if (run / REFUSED).is_file():
+        return "refused"
+    return "trained, not published" if is_whole else "stopped"
 
 
 def _states(run: Path) -> list[Path]:
     return sorted((run / CHECKPOINTS).glob("state-*-*.json"))
 
 
-def _settings(run: Path) -> dict[str, Any]:
+def _fields(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / CONFIG).read_bytes())
+        found = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

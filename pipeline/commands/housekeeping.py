@@ -17,6 +17,8 @@ from pipeline.commands.terminal import log_plainly, sentences
 if TYPE_CHECKING:
     from pipeline.status import Run, Version
 
+WHOLE = {"published", "changed", "size"}  # columns that are never broken
+
 
 def status(
     models: Models = Path("models"), runs: Runs = Path("runs"), as_json: AsJson = False
@@ -94,13 +96,13 @@ def _versions(versions: "list[Version]") -> Table:
 
 
 def _runs(found: "list[Run]") -> Table:
-    drawn = _table("run", "epochs", "changed", "")
+    drawn = _table("run", "epochs", "changed", "state")
     for one in found:
         drawn.add_row(
             one.folder.name,
             f"{one.epochs_done} of {one.epochs or '?'}",
             _when(one.changed),
-            "running" if one.busy else "",
+            one.state,
         )
     return drawn
 
@@ -108,7 +110,7 @@ def _runs(found: "list[Run]") -> Table:
 def _table(*columns: str) -> Table:
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, column in enumerate(columns):
-        drawn.add_column(column, overflow="fold", no_wrap=place == 0)
+        drawn.add_column(column, overflow="fold", no_wrap=place == 0 or column in WHOLE)
     return drawn
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from pipeline import config, dataset
 from pipeline.commands.options import Data, Runs, TlsCa, TokenFile, UseTls
 from pipeline.commands.terminal import REFUSED, fail, quietly, sentences
+from pipeline.errors import ConfigError
 
 # What a run without a Prefect server needs; the environment wins, prefect.toml says the same.
 PREFECT = {
@@ -128,8 +130,7 @@ def run(  # noqa: PLR0913  one parameter an option
                 publishing__models=models,
             ),
         )
-        if chosen.data.source is not None:
-            dataset.verify(chosen.data)  # now, not after half a minute of starting
+        _verify(chosen)  # now, not after half a minute of starting
         path = _flow(
             preset=preset,
             settings=config.as_tables(chosen),
@@ -141,6 +142,26 @@ def run(  # noqa: PLR0913  one parameter an option
             token_file=_text(token_file),
         )
         _show(Path(path), models, runs)
+
+
+def _verify(chosen: config.Config) -> None:
+    """Refuse what can be seen to fail without TensorFlow."""
+    module, _, function = chosen.training.architecture.partition(":")
+    if function and not _is_there(module):
+        raise ConfigError(
+            f"there is no module {module} in {Path.cwd()} or among the installed packages; "
+            "--network takes module:function"
+        )
+    if chosen.data.source is not None:
+        dataset.verify(chosen.data)
+
+
+def _is_there(module: str) -> bool:
+    top = module.partition(".")[0]
+    return (
+        PathFinder.find_spec(top, [str(Path.cwd())]) is not None
+        or PathFinder.find_spec(top) is not None
+    )
 
 
 def deploy() -> None:

@@ -140,7 +140,7 @@ def test_a_model_above_the_loss_is_refused_with_both_figures(tiny_trained, small
 def test_a_model_that_is_worse_than_the_champion_by_more_than_chance_is_refused(
     tiny_trained, small, crown, lines
 ):
-    with pytest.raises(EvaluationError, match="of the champion, version 3, 400: by chance with p"):
+    with pytest.raises(EvaluationError, match="of version 3, which is published, 400: chance"):
         evaluate.score(tiny_trained(striped=30), small, ANY, champion=crown())
 
     assert any("only there, p" in line for _, line in lines())
@@ -208,14 +208,14 @@ def test_a_champion_that_cannot_be_asked_is_a_warning(
 
     assert scores.champion is None
     assert next(line for level, line in lines() if level == "WARNING").startswith(
-        "not compared with the champion, which cannot be asked: tiny/"
+        f"not compared with version {path.name}, which cannot be asked: tiny/"
     )
 
 
-def test_that_there_is_no_champion_is_said(tiny_trained, small, lines):
-    evaluate.score(tiny_trained(), small, ANY)
+def test_that_nothing_is_published_yet_is_said(tmp_path, lines):
+    assert evaluate.champion(tmp_path, "tiny") is None
 
-    assert any("no champion to compare with" in line for _, line in lines())
+    assert any("nothing is published yet under this name" in line for _, line in lines())
 
 
 def test_the_champion_is_what_the_alias_names_else_the_highest_version(make_bundle, tmp_path):

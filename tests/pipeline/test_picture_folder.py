@@ -73,6 +73,19 @@ def test_the_first_picture_of_another_size_is_named_with_the_way_out(folder):
     assert picture_folder.read(folder, DataConfig(size=(5, 9))).train.inputs.shape[1:] == (5, 9, 1)
 
 
+def test_a_look_at_a_few_pictures_finds_another_size_or_a_class_without_any(folder):
+    picture_folder.verify(folder, DataConfig())
+    for number in range(200):
+        save(folder / "light" / f"{number}.png", size=(9, 5))
+
+    with pytest.raises(DatasetError, match="set data"):
+        picture_folder.verify(folder, DataConfig())
+    picture_folder.verify(folder, DataConfig(size=(5, 9)))
+    (folder / "empty").mkdir()
+    with pytest.raises(DatasetError, match="no PNG or JPEG file in empty"):
+        picture_folder.verify(folder, DataConfig(size=(5, 9)))
+
+
 def test_ten_of_those_that_cannot_be_read_are_named(folder):
     for number in range(12):
         (folder / "dark" / f"bad{number:02}.png").write_bytes(b"no picture")

@@ -6,7 +6,7 @@ from service import aliases
 
 def add_run(runs, name, epochs=0, steps=0, settings=None):
     folder = runs / name
-    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "lock").touch()
     if epochs or steps:
         (folder / "checkpoints" / f"state-{epochs:04}-{steps:06}.json").touch()
@@ -81,9 +81,19 @@ def test_a_run_says_how_many_epochs_of_how_many_are_done(tmp_path):
     assert found == {"quick-1": (3, 10), "old-2": (0, None)}
 
 
-def test_a_run_that_is_worked_in_is_busy(tmp_path):
-    folder = add_run(tmp_path, "quick-1")
+def test_a_run_says_what_came_of_it(tmp_path):
+    settings = {"training": {"epochs": 3}}
+    folder = add_run(tmp_path, "quick-1", epochs=2, settings=settings)
 
-    assert not status.runs(tmp_path)[0].busy
+    def state():
+        return status.runs(tmp_path)[0].state
+
+    assert state() == "stopped"
+    add_run(tmp_path, "quick-1", epochs=3, settings=settings)
+    assert state() == "trained, not published"
+    (folder / "refused.md").touch()
+    assert state() == "refused"
+    (folder / "published.json").write_text('{"name": "fashion-mnist", "version": 4}')
+    assert state() == "published fashion-mnist 4"
     with files.locked(folder / "lock", wait=False):
-        assert status.runs(tmp_path)[0].busy
+        assert state() == "running"

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import config
@@ -65,6 +66,18 @@ def test_data_that_are_not_the_data_are_one_sentence_before_anything_is_started(
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"not images")
 
     assert "train-images-idx3-ubyte has 10 bytes with sha256" in refused("--data", tmp_path)
+
+
+def test_pictures_and_modules_that_cannot_work_are_one_sentence_before_anything_is_started(
+    tmp_path,
+):
+    for number, side in enumerate((4, 5)):
+        path = tmp_path / str(number) / "one.png"
+        path.parent.mkdir()
+        Image.new("L", (side, side)).save(path)
+
+    assert "set data.size" in refused("--data", tmp_path)
+    assert refused("--network", "nowhere:make").startswith("there is no module nowhere in ")
 
 
 @pytest.mark.slow
