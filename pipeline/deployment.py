@@ -13,7 +13,14 @@ from pathlib import Path
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -21,6 +28,7 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
+from pipeline import status
 from pipeline.errors import ConfigError, PipelineError
 
 NAME = "train-export"  # of the work pool, the flow and the deployment
@@ -52,6 +60,35 @@ def deploy(folder: Path) -> list[str]:
         _run_prefect(folder)
         automation = create_automation(client)
     return [pool, f"deployment {NAME}: {folder / FILE}", automation]
+
+
+def run_first(models: Path, preset: str) -> str:
+    """Run the deployment once, if nothing is published and no run is on its way.
+
+    Args:
+        models: where bundles are published.
+        preset: settings of that run.
+
+    Returns:
+        What was done, and why.
+    """
+    if status.homes(models):
+        return f"first run: none, {models} has models"
+    with get_client(sync_client=True) as client:
+        waiting = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[NAME])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(
+                    type=FlowRunFilterStateType(not_any_=sorted(TERMINAL_STATES))
+                )
+            ),
+            limit=1,
+        )
+        if waiting:
+            return f"first run: {waiting[0].name} is on its way"
+        deployment = client.read_deployment_by_name(f"{NAME}/{NAME}")
+        run = client.create_flow_run_from_deployment(deployment.id, parameters={"preset": preset})
+    return f"first run: {run.name}, of the preset {preset}"
 
 
 def create_pool(client: SyncPrefectClient) -> str:

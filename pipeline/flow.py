@@ -83,7 +83,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     tables = {name: value for name, value in (settings or {}).items() if name != "preset"}
     chosen = config.build(
         preset,
-        config.options(data__source=os.environ.get("TRAIN_EXPORT_DATA")),
+        config.options(data__source=os.environ.get("TRAIN_EXPORT_DATA") or None),
         tables,
         config.options(
             runs=runs,

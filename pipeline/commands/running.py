@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from pipeline import config, dataset
-from pipeline.commands.options import Data, Runs, TlsCa, TokenFile, UseTls
+from pipeline.commands.options import Data, Models, Runs, TlsCa, TokenFile, UseTls
 from pipeline.commands.terminal import REFUSED, fail, quietly, sentences
 from pipeline.errors import ConfigError
 
@@ -164,7 +164,15 @@ def _is_there(module: str) -> bool:
     )
 
 
-def deploy() -> None:
+def deploy(
+    first_run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET", help="Also run it once with this preset, if nothing is published yet."
+        ),
+    ] = None,
+    models: Models = Path("models"),
+) -> None:
     """Set the Prefect server of PREFECT_API_URL up for runs of prefect.yaml, in this folder.
 
     Creates a work pool, the deployment, and an automation that makes runs whose process is gone
@@ -172,12 +180,17 @@ def deploy() -> None:
 
     Example: train-export deploy && prefect worker start --pool train-export
     """
+    if first_run is not None:
+        with sentences(""):
+            config.build(first_run)
     _use_prefect()
     with sentences("stopped; give the command again to finish"), _reached():
         from pipeline import deployment  # noqa: PLC0415  not to print the help
 
         for line in deployment.deploy(Path.cwd()):
             print(line)
+        if first_run is not None:
+            print(deployment.run_first(models, first_run))
 
 
 def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
