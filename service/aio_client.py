@@ -33,6 +33,7 @@ class AsyncClient(Asker):
         channels: int = 1,
         coalesce_rows: int = 0,
         max_message_mib: int = 64,
+        wait_for_ready: bool = False,
         tls: Tls | None = None,
         token: str | None = None,
     ) -> None:
@@ -43,6 +44,7 @@ class AsyncClient(Asker):
             channels=channels,
             coalesce_rows=coalesce_rows,
             max_message_mib=max_message_mib,
+            wait_for_ready=wait_for_ready,
             tls=tls,
             token=token,
         )

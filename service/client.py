@@ -90,6 +90,7 @@ class Client:
         channels: int = 1,
         coalesce_rows: int = 0,
         max_message_mib: int = 64,
+        wait_for_ready: bool = False,
         tls: Tls | None = None,
         token: str | None = None,
     ) -> None:
@@ -102,6 +103,8 @@ class Client:
             coalesce_rows: most rows to join into one request, of calls that come from other
                 threads while as many requests as there are channels are in flight; 0: none.
             max_message_mib: largest request and answer, in MiB; the server has its own limit.
+            wait_for_ready: wait up to `timeout_s` for a server that cannot be reached, as while it
+                or its balancer restarts, instead of saying so at once.
             tls: None: plain text.
             token: goes with every call.
 
@@ -114,6 +117,7 @@ class Client:
             channels=channels,
             coalesce_rows=coalesce_rows,
             max_message_mib=max_message_mib,
+            wait_for_ready=wait_for_ready,
             tls=tls,
             token=token,
         )

@@ -24,7 +24,7 @@ ONCE = (
 # gRPC's core itself tries again, when the server's grpc-retry-pushback-ms says or else later and
 # later. The budget is common to all channels of a process to one server: a call that fails takes a
 # token, one that succeeds gives a tenth back, and with half of them gone nothing is sent again.
-SERVICE_CONFIG = {
+SERVICE_CONFIG: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],  # over all addresses that a name stands for
     "methodConfig": [
         {
@@ -90,6 +90,7 @@ class Connection:
     channels: int
     coalesce_rows: int
     max_message_mib: int
+    wait_for_ready: bool
     tls: Tls | None
     token: str | None = field(repr=False)
 
@@ -117,7 +118,7 @@ class Connection:
         """What a channel is made with."""
         limit = self.max_message_bytes
         return [
-            ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+            ("grpc.service_config", json.dumps(_service_config(wait=self.wait_for_ready))),
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
             ("grpc.per_rpc_retry_buffer_size", limit),  # at first 256 KiB; more is not sent again
@@ -162,6 +163,16 @@ class Connection:
             f"no server answers at {self.address}; "
             "start one with: serve-export serve --repository models"
         )
+
+
+def _service_config(*, wait: bool) -> dict[str, Any]:
+    """Return what gRPC's core is told of calls; if they wait, nothing but time ends their tries."""
+    if not wait:
+        return SERVICE_CONFIG
+    return SERVICE_CONFIG | {
+        "methodConfig": [one | {"waitForReady": True} for one in SERVICE_CONFIG["methodConfig"]],
+        "retryThrottling": {"maxTokens": 1000, "tokenRatio": 1},
+    }
 
 
 def methods(channel: grpc.Channel | grpc.aio.Channel) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Load:
     """Threads that ask for one image each, again and again, over one connection."""
 
     def __init__(self, address: str, threads: int = 4) -> None:
-        self._client = Client(address, timeout_s=60)
+        self._client = Client(address, timeout_s=60, wait_for_ready=True)
         self._images = np.random.default_rng(0).integers(0, 256, (1, 28, 28, 1), np.uint8)
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(threads)]

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,26 @@ class System:
             words, cwd=ROOT, env=os.environ | self.environment, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, f"{' '.join(words)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        said = f"{' '.join(words)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        assert done.returncode == 0, said
         return done.stdout
 
     def compose(self, *words: str, timeout_s: float = 600) -> str:
-        return self.run("docker", "compose", "--project-name", self.name, *words, timeout_s=timeout_s)
+        project = "docker", "compose", "--project-name", self.name
+        return self.run(*project, *words, timeout_s=timeout_s)
 
     def containers(self, service: str | None = None) -> list[dict[str, Any]]:
         """Return what the engine knows of each container, one of a service or all."""
         names = self.compose("ps", "--all", "--quiet", *([service] if service else [])).split()
-        found: list[dict[str, Any]] = json.loads(self.run("docker", "inspect", *names)) if names else []
+        if not names:
+            return []
+        found: list[dict[str, Any]] = json.loads(self.run("docker", "inspect", *names))
         return found
+
+    def wait_healthy(self, *services: str) -> None:
+        """Wait until every container of some services is healthy."""
+        for service in services:
+            until(partial(self.is_healthy, service), RECOVER_S, f"{service} is healthy")
 
     def kill(self, service: str) -> None:
         """End the first process of a service's first container, as a crash would."""

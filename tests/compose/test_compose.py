@@ -1,6 +1,7 @@
 """`docker compose up` for real: from nothing to answers, and through every container's death."""
 
 import json
+import subprocess
 import time
 
 import pytest
@@ -43,14 +44,14 @@ def finish(system, run):
 
 
 def test_everything_is_up_and_healthy_and_the_first_model_is_served(system):
-    for name in ALWAYS:
-        until(lambda name=name: system.is_healthy(name), RECOVER_S, f"{name} is healthy")
+    system.wait_healthy(*ALWAYS)
     ended = {service(one): one["State"] for one in system.containers() if service(one) in ONCE}
     assert {name: one["ExitCode"] for name, one in ended.items()} == dict.fromkeys(ONCE, 0)
     assert system.versions() == [1]
 
     picture = ROOT / "tests/compose/trouser.png"
-    said = system.run("serve-export", "predict", str(picture), "--address", system.address, "--json")
+    asked = "serve-export", "predict", str(picture), "--address", system.address, "--json"
+    said = system.run(*asked)
     assert json.loads(said)[0]["model"] == MODEL
     said = system.run("serve-export", "parity", "--address", system.address, "--json")
     assert "selfCheck" in said or "self_check" in said
@@ -80,7 +81,8 @@ def test_no_image_has_a_secret_or_tensorflow_where_it_serves(system):
         assert not any(word in said.upper() for word in ("PASSWORD=", "TOKEN="))
     said = system.run(
         "docker", "run", "--rm", "--entrypoint", "python", "train-export/service:local", "-c",
-        "import importlib.util as u, json; print(u.find_spec('tensorflow'), u.find_spec('pipeline'),"
+        "import importlib.util as u, json;"
+        "print(u.find_spec('tensorflow'), u.find_spec('pipeline'),"
         " json.load(open('/opt/venv/sbom.json'))['bomFormat'])",
     )  # fmt: skip
     assert said.split() == ["None", "None", "CycloneDX"]
@@ -90,7 +92,7 @@ def test_requests_of_one_connection_are_spread_over_replicas(system):
     system.compose("up", "--detach", "--no-recreate", "--scale", "inference=3", "inference")
     try:
         until(lambda: len(system.containers("inference")) == 3, 60, "three replicas")
-        until(lambda: system.is_healthy("inference"), RECOVER_S, "three healthy replicas")
+        system.wait_healthy("inference")
 
         def spread():
             with Load(system.address) as load:
@@ -131,7 +133,8 @@ def test_a_run_from_the_host_is_swapped_in_under_load_without_a_failed_request(s
 
 
 @pytest.mark.parametrize(
-    "name", ["inference", "balancer", "worker", "shadow", "prometheus", "prefect-server", "postgres"]
+    "name",
+    ["inference", "balancer", "worker", "shadow", "prometheus", "prefect-server", "postgres"],
 )
 def test_a_killed_container_comes_back_and_no_request_is_lost(system, name):
     before = system.versions()
@@ -140,9 +143,7 @@ def test_a_killed_container_comes_back_and_no_request_is_lost(system, name):
         system.kill(name)
         until(lambda: load.answers.total() > 50, RECOVER_S, "requests are answered")
         time.sleep(2)
-        until(lambda: system.is_healthy(name), RECOVER_S, f"{name} is healthy")
-        for other in ALWAYS:
-            until(lambda other=other: system.is_healthy(other), RECOVER_S, f"{other} is healthy")
+        system.wait_healthy(name, *ALWAYS)
         answered = load.answers.total()
         until(lambda: load.answers.total() > answered + 50, 60, "requests are answered after it")
     assert not load.failures
@@ -156,7 +157,7 @@ def test_a_run_whose_worker_is_killed_loses_no_bundle_and_can_be_run_again(syste
     until(lambda: state(system, run)["type"] == "RUNNING", 300, "it runs")
     time.sleep(20)
     system.kill("worker")
-    until(lambda: system.is_healthy("worker"), RECOVER_S, "the worker is back")
+    system.wait_healthy("worker")
     until(
         lambda: state(system, run)["type"] in {"CRASHED", "COMPLETED", "FAILED"},
         600, "the run is over",
@@ -173,8 +174,7 @@ def test_down_and_up_again_keeps_models_and_history(system):
 
     system.compose("down", "--timeout", "60")
     system.compose("up", "--detach")
-    until(lambda: system.is_healthy("prefect-server"), RECOVER_S, "Prefect is back")
-    until(lambda: system.is_healthy("inference"), RECOVER_S, "servers are back")
+    system.wait_healthy("prefect-server", "inference")
 
     with Load(system.address) as load:
         until(lambda: load.answers[str(max(versions))], RECOVER_S, "the newest version answers")
@@ -190,8 +190,6 @@ def test_down_and_up_again_keeps_models_and_history(system):
     ],
 )
 def test_a_volume_that_is_full_or_read_only_is_one_clear_error(system, mount, word):
-    import subprocess
-
     done = subprocess.run(
         ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp:mode=1777", "--tmpfs",
          "/runs:mode=1777", "--tmpfs", "/cache:mode=1777", "--mount", mount,

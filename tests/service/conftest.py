@@ -355,7 +355,7 @@ def serve() -> Iterator[Callable[..., str]]:
     """Return a function that serves methods, functions of (request, context), by their names."""
     servers = []
 
-    def serve(*, credentials=None, options=(), **methods) -> str:
+    def serve(*, address="127.0.0.1:0", credentials=None, options=(), **methods) -> str:
         server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0), *options])
         for name, method in methods.items():
             parity = "Parity" in name or name in {"SampleTraffic", "ReportShadow"}
@@ -376,9 +376,9 @@ def serve() -> Iterator[Callable[..., str]]:
                 [grpc.method_handlers_generic_handler(service, {name: handler})]
             )
         if credentials is None:
-            port = server.add_insecure_port("127.0.0.1:0")
+            port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port("127.0.0.1:0", credentials)
+            port = server.add_secure_port(address, credentials)
         server.start()
         servers.append(server)
         return f"127.0.0.1:{port}"

@@ -78,7 +78,9 @@ class Counting:
 
 def connection(**options):
     plain = {"timeout_s": 30, "channels": 1, "coalesce_rows": 0, "max_message_mib": 64}
-    return Connection(address="server:1", tls=None, token=None, **plain | options)
+    return Connection(
+        address="server:1", wait_for_ready=False, tls=None, token=None, **plain | options
+    )
 
 
 def test_only_so_many_parts_of_a_call_are_in_flight(model, tiny):

@@ -1,5 +1,7 @@
 import datetime
 import ipaddress
+import socket
+import threading
 
 import grpc
 import numpy as np
@@ -84,6 +86,19 @@ def test_server_that_is_not_there_is_said_to_be_so():
         )
     with Client("nowhere.invalid:1") as client:
         assert "no server answers at nowhere.invalid:1" in refusal(client.models)[1]
+
+
+def test_who_waits_for_a_server_is_answered_by_one_that_starts_late(serve, model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with Client(address, wait_for_ready=True, timeout_s=30) as client:
+        late = threading.Timer(1, lambda: serve(address=address, **model.methods()))
+        late.start()
+        assert client.metadata("tiny").name == "tiny"
+        late.join()
+    with Client(NOBODY, wait_for_ready=True, timeout_s=0.5) as client:
+        assert refusal(client.models)[0] == "DEADLINE_EXCEEDED"
 
 
 def test_refusal_as_unavailable_is_not_taken_for_an_absent_server(serve):
