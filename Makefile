@@ -78,6 +78,7 @@ check: $(STAMP) ## format, lint, types, layers, and that what is generated is fr
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/Dockerfile
 	$(MAKE) --no-print-directory protos
 	git diff --exit-code -- protos
 
