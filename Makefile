@@ -28,9 +28,9 @@ run: $(STAMP) ## train, export, prove parity, publish and serve once: the whole 
 	$(BIN)/train-export run $(ARGS)
 
 .PHONY: test
-test: $(STAMP) $(STRANGERS) ## the whole test suite, with coverage
+test: $(STAMP) $(STRANGERS) ## the whole test suite but compose, with coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --ignore=tests/compose
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -41,6 +41,10 @@ quick: $(STAMP) ## the tests that take a minute: none that trains
 .PHONY: conformance
 conformance: $(STAMP) $(STRANGERS) ## clients nobody here wrote, against the real server
 	$(BIN)/pytest tests/conformance
+
+.PHONY: test-compose
+test-compose: $(STAMP) ## docker compose for real, on the engine that answers: half an hour
+	$(BIN)/pytest tests/compose
 
 .PHONY: bench
 bench: $(STAMP) ## what serving costs, beside naive servers and the model itself: ten minutes (needs h2load)
