@@ -1,18 +1,16 @@
 """Hold what a server answers its clients against the original, while it does.
 
-A process beside the server: it reads the rows that the server samples, has the original SavedModel
-on TensorFlow answer them too, counts what both have in common, and reports it back. The server
-never waits for it, and serves on when it dies. The verdict is the server's, of all that shadows
-have reported.
+A process beside one server, or beside all that a name stands for: it has the original SavedModel
+on TensorFlow answer the rows that a server samples, counts what both have in common, and reports it
+back to that server. No server ever waits for it, and all serve on when it dies. The verdict is the
+server's, of all that shadows have reported.
 """
 
 import json
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline import device
 from pipeline.errors import ShadowError
+from pipeline.replicas import AGAIN, ANSWER_S, REFUSED_S, Found, Replica, Replicas
 from protos import bundle_pb2, parity_pb2
 from service import agreement, bundle
 from service.client import Client, SampledRows
@@ -37,12 +36,7 @@ MAX_WAITING = 16  # blocks of at most 256 rows; beyond, the server drops and cou
 REPORT_S = 1.0
 SAY_S = 10.0
 LOOK_S = 0.2  # longest wait before a signal is noticed
-REFUSED_S = 60.0  # before an original that could not be had is looked for again
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0  # before a server that was lost is asked again
 STOP_S = 5.0  # for what is read to be rescored
-ANSWER_S = 5.0  # longest wait for an answer to a report
-# What passes by itself: the server restarts, or was never there, or others shadow it.
-AGAIN = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "CANCELLED"})
 STALE = frozenset({"NOT_FOUND", "FAILED_PRECONDITION"})  # the version was unloaded, or loaded anew
 Key = tuple[str, str, str]  # model, version, digest of its parent
 Answer = Callable[[NDArray[np.generic]], NDArray[np.floating]]
@@ -68,7 +62,6 @@ class Originals:
 
     def __init__(
         self,
-        client: Client,
         *,
         models: Path | None = None,
         saved_model: Path | None = None,
@@ -77,19 +70,22 @@ class Originals:
         """Store where they are: one of the two must be given.
 
         Args:
-            client: of the server that knows the budgets.
             models: the folder of bundles, each with its original.
             saved_model: the only original there is, whatever is in `models`. It is known by the
                 digest of the .keras file that its exporter wrote into it; there is no manifest to
                 verify its files against.
             clock: in seconds.
         """
-        self._client, self._models, self._saved_model = client, models, saved_model
-        self._clock = clock
+        self._models, self._saved_model, self._clock = models, saved_model, clock
         self._loaded: dict[Key, _Loaded] = {}
 
-    def of(self, rows: SampledRows) -> Original:
-        """Return the original of a version.
+    def of(self, rows: SampledRows, client: Client) -> Original:
+        """Return the original of a version; not for several threads at a time.
+
+        Args:
+            rows: of the version.
+            client: of the server that sent them, which knows the budget. Servers that have the
+                same version share its original.
 
         Raises:
             ShadowError: it is not there, or not the one this version was exported from.
@@ -98,21 +94,21 @@ class Originals:
         now_s = self._clock()
         key = rows.model, rows.version, rows.parent_sha256
         if key not in self._loaded:
-            self._loaded[key] = _Loaded(self._load(rows), now_s)
+            self._loaded[key] = _Loaded(self._load(rows, client), now_s)
         self._loaded[key].used_s = now_s
         for other in [one for one, it in self._loaded.items() if it.used_s < now_s - UNUSED_S]:
             log.info("letting the original of %s %s go, unused", *other[:2])
             del self._loaded[other]
         return self._loaded[key].original
 
-    def _load(self, rows: SampledRows) -> Original:
+    def _load(self, rows: SampledRows, client: Client) -> Original:
         if self._saved_model is None:
             path = self._bundled(rows)
         else:
             path = self._saved_model
             _check_parent(path, rows)
-        check = self._client.parity(rows.model, rows.version).versions[0].self_check.report
-        about = self._client.metadata(rows.model, rows.version)
+        check = client.parity(rows.model, rows.version).versions[0].self_check.report
+        about = client.metadata(rows.model, rows.version)
         if check.budget.precision not in agreement.COEFFICIENT:
             raise ShadowError(
                 f"the server does not say how far {rows.model} {rows.version} may be from its "
@@ -146,72 +142,85 @@ class Originals:
 
 @dataclass(slots=True)
 class _Version:
-    """What is known of one version that rows have come of."""
+    """What is known of one version of one server that rows have come of."""
 
     unreported: parity_pb2.ShadowFigures = field(default_factory=parity_pb2.ShadowFigures)
     dropped: int = 0
-    judged: bool = False  # whether the server has, since rows were last added
+    unjudged: int = 0  # rows that were added since the server has last judged them
     failure: str = ""  # why the server says that it fails
     line: str = ""  # the last that was to be said
     said_s: float = -np.inf
 
 
 class Shadow:
-    """Reads, rescores and reports until it is stopped."""
+    """Reads, rescores and reports until it is stopped. All rows are answered by one thread."""
 
     def __init__(
         self,
-        client: Client,
+        servers: Client | Replicas,
         originals: Originals,
         *,
         model: str = "",
         rows: int | None = None,
         show: Callable[[str], None] | None = None,
+        heartbeat: Path | None = None,
     ) -> None:
         """Store the parts; `run` does it.
 
         Args:
-            client: of the server.
-            originals: of its versions.
+            servers: the one there is, or those that a name stands for.
+            originals: of their versions.
             model: whose rows; empty: of all models.
-            rows: how many; None: no end.
+            rows: how many, of all servers together; None: no end.
             show: given a line at every report; None: one is logged now and then.
+            heartbeat: a file whose time is set every `REPORT_S` or so while this goes on.
         """
-        self._client, self._originals, self._model, self._show = client, originals, model, show
+        self._originals, self._model, self._show = originals, model, show
+        self._servers, self._heartbeat = servers, heartbeat
         self._left = rows
         self._stop_by_s: float | None = None
-        self._over = threading.Event()  # nothing is read any more
-        self._waiting: queue.Queue[SampledRows | ServerError] = queue.Queue(MAX_WAITING)
-        self._versions: dict[Key, _Version] = {}
-        self._refused: dict[Key, float] = {}  # whose originals cannot be had, and until when
+        self._waiting: queue.Queue[Found] = queue.Queue(MAX_WAITING)
+        self._versions: dict[Replica, dict[Key, _Version]] = {}  # of every server that there is
+        self._shut: set[Replica] = set()  # that let nobody read rows
+        self._refused: dict[tuple[Replica, Key], float] = {}  # not shadowed, and until when
+        self._failures: list[str] = []  # of servers that went
 
     def run(self) -> str:
-        """Shadow the server until `stop`, or until the rows have come.
+        """Shadow the servers until `stop`, or until the rows have come.
+
+        What goes wrong with one of several servers is logged, and the others are shadowed on.
 
         Returns:
             Why live parity does not hold, for the first version where it does not; empty otherwise.
 
         Raises:
-            ServerError: the server lets nobody read rows, or not us.
+            ServerError: the one server lets nobody read rows, or not us; with `rows`, none of
+                several does.
             ShadowError: only some rows were asked for, and they did not come, their original cannot
-                be had, or the server does not say what it makes of them.
+                be had, or a server does not say what it makes of them.
+            OSError: the heartbeat's file cannot be written.
         """
-        threading.Thread(target=self._read, name="sampled", daemon=True).start()
-        due_s = time.monotonic() + REPORT_S
+        if isinstance(self._servers, Replicas):
+            self._servers.watch()
+        else:
+            self._begin(Replica(self._servers))
+        due_s = 0.0
         try:
             while not self._finished():
                 self._next(min(LOOK_S, max(0.0, due_s - time.monotonic())))
                 if time.monotonic() >= due_s:
-                    self._report()
+                    self._tick()
                     due_s = time.monotonic() + REPORT_S
         finally:
-            self._over.set()
+            self._end()
         self._report()
-        for version in self._versions.values():
-            log.info("in the end, %s", version.line or "nothing was judged")
+        for replica, key, version in self._all():
+            said = version.line or f"{replica.prefix}{key[0]} {key[1]}: nothing was judged"
+            log.info("in the end, %s", said)
         if self._left is not None:
             self._check_judged(self._left)
-        return next((one.failure for one in self._versions.values() if one.failure), "")
+        failures = [f"{one.prefix}{it.failure}" for one, _, it in self._all() if it.failure]
+        return next(iter(self._failures + failures), "")
 
     def stop(self) -> None:
         """End soon, with what was read reported; from any thread or signal handler."""
@@ -222,74 +231,140 @@ class Shadow:
             return True
         if self._stop_by_s is None:
             return False
-        self._over.set()
+        self._end()
         return self._waiting.empty() or time.monotonic() > self._stop_by_s
+
+    def _end(self) -> None:
+        """Read nothing more."""
+        for replica in self._versions:
+            replica.end()
+
+    def _tick(self) -> None:
+        """Do what is to be done once in a while."""
+        if self._heartbeat is not None:
+            self._heartbeat.touch()
+        if isinstance(self._servers, Replicas) and self._stop_by_s is None:
+            new, gone = self._servers.follow()
+            for replica in gone:
+                self._forget(replica)
+            for replica in new:
+                self._begin(replica)
+        self._report()
+
+    def _begin(self, replica: Replica) -> None:
+        if replica.address:
+            log.info("%s is there, and shadowed", replica.address)
+        self._versions[replica] = {}
+        replica.read(self._model, self._waiting)
+
+    def _forget(self, replica: Replica) -> None:
+        """Count without a server that is gone; rows that it has not judged must come anew."""
+        log.info("%s is gone", replica.address)
+        self._shut.discard(replica)
+        for version in self._versions.pop(replica).values():
+            self._take_back(version)
+            if version.failure:
+                self._failures.append(f"{replica.prefix}{version.failure}")
+
+    def _take_back(self, version: _Version) -> None:
+        if self._left is not None:
+            self._left += version.unjudged
+
+    def _all(self) -> list[tuple[Replica, Key, _Version]]:
+        return [
+            (replica, key, version)
+            for replica, versions in self._versions.items()
+            for key, version in versions.items()
+        ]
 
     def _next(self, longest_s: float) -> None:
         """Rescore what was read, or wait for it."""
         try:
-            found = self._waiting.get(timeout=longest_s)
+            replica, found = self._waiting.get(timeout=longest_s)
         except queue.Empty:
             return
+        if replica not in self._versions:
+            return  # it went, and nobody could be told
         if isinstance(found, SampledRows):
-            self._rescore(found)
-            return
-        self._report()
-        if found.code == "UNIMPLEMENTED":
-            raise ServerError(
-                f"the server cannot let rows be read ({found}); it is not serve-export, or an "
-                "older one",
-                code=found.code,
-            ) from found
-        raise found
+            self._shut.discard(replica)
+            self._rescore(replica, found)
+        else:
+            self._shut_out(replica, found)
 
-    def _rescore(self, rows: SampledRows) -> None:
+    def _shut_out(self, replica: Replica, error: ServerError) -> None:
+        """Say that a server lets nobody read rows, or raise it where there is no other."""
+        self._report()
+        if error.code == "UNIMPLEMENTED":
+            error = ServerError(
+                f"the server cannot let rows be read ({error}); it is not serve-export, or an "
+                "older one",
+                code=error.code,
+            )
+        self._shut.add(replica)
+        needed = self._left is not None or not isinstance(self._servers, Replicas)
+        if needed and self._shut == set(self._versions):
+            raise error
+        log.error("%s is not shadowed: %s", replica.address, error)
+
+    def _rescore(self, replica: Replica, rows: SampledRows) -> None:
         key = rows.model, rows.version, rows.parent_sha256
-        if time.monotonic() < self._refused.get(key, 0.0):
+        if time.monotonic() < self._refused.get((replica, key), 0.0):
             return
         inputs, outputs = rows.inputs[: self._left], rows.outputs[: self._left]
         try:
-            figures = _figures(self._originals.of(rows), inputs, outputs)
+            figures = _figures(self._originals.of(rows, replica.client), inputs, outputs)
         except (ShadowError, ServerError) as error:
             # The server may have left meanwhile, or the version: neither is worth a word.
             if not isinstance(error, ServerError) or error.code not in AGAIN | STALE:
-                self._refuse(key, error)
+                self._refuse(replica, key, error)
             return
         if self._left is not None:
             self._left -= len(inputs)
-        version = self._versions.setdefault(key, _Version())
-        version.dropped, version.judged = rows.dropped, False
+        version = self._versions[replica].setdefault(key, _Version())
+        version.dropped = rows.dropped
+        version.unjudged += len(inputs)
         agreement.add(version.unreported, figures)
 
-    def _refuse(self, key: Key, error: ShadowError | ServerError) -> None:
-        """Say that a version is not shadowed for a while; raise it to who waits for rows."""
-        if self._left is not None:
+    def _refuse(self, replica: Replica, key: Key, error: ShadowError | ServerError) -> None:
+        """Say that a version is not shadowed for a while; raise it to who waits for rows.
+
+        What one of several servers says is no reason to end.
+        """
+        alone = not isinstance(self._servers, Replicas)
+        if self._left is not None and (alone or isinstance(error, ShadowError)):
             raise error
         now_s = time.monotonic()
         self._refused = {other: s for other, s in self._refused.items() if s > now_s}
-        self._refused[key] = now_s + REFUSED_S
-        log.error("%s %s is not shadowed: %s", *key[:2], error)
+        self._refused[replica, key] = now_s + REFUSED_S
+        log.error("%s%s %s is not shadowed: %s", replica.prefix, *key[:2], error)
 
     def _report(self) -> None:
-        """Report what was counted since the last time, and say what the server makes of it."""
-        for key, version in list(self._versions.items()):
+        """Report what was counted since the last time, and say what the servers make of it."""
+        for replica, key, version in self._all():
             if not version.unreported.rows:
                 continue
             try:
-                live = self._told(key, version)
+                live = self._told(replica.client, key, version)
             except ServerError as error:
                 if error.code in STALE:
-                    del self._versions[key]  # what was counted is of a version that is no more
+                    del self._versions[replica][key]  # what was counted is of one that is no more
                 elif error.code not in AGAIN:
-                    raise
+                    self._give_up(replica, key, error)
                 continue
-            self._say(key, version, live)
+            self._say(replica, key, version, live)
 
-    def _told(self, key: Key, version: _Version) -> parity_pb2.LiveParity:
+    def _give_up(self, replica: Replica, key: Key, error: ServerError) -> None:
+        """Let a version be for a while whose figures one of several servers does not take."""
+        if not isinstance(self._servers, Replicas):
+            raise error
+        self._take_back(self._versions[replica].pop(key))
+        self._refuse(replica, key, error)
+
+    def _told(self, client: Client, key: Key, version: _Version) -> parity_pb2.LiveParity:
         """Report a version's figures, and return what the server then says of it."""
         model, number, parent = key
         try:
-            self._client.report(
+            client.report(
                 version.unreported,
                 model=model,
                 version=number,
@@ -301,10 +376,13 @@ class Shadow:
                 version.unreported.Clear()
             raise
         version.unreported.Clear()
-        return self._client.parity(model, number, timeout_s=ANSWER_S).versions[0].live
+        return client.parity(model, number, timeout_s=ANSWER_S).versions[0].live
 
-    def _say(self, key: Key, version: _Version, live: parity_pb2.LiveParity) -> None:
-        line = f"{key[0]} {key[1]}: {described(live)}, {version.dropped:,} rows dropped"
+    def _say(
+        self, replica: Replica, key: Key, version: _Version, live: parity_pb2.LiveParity
+    ) -> None:
+        name = f"{replica.prefix}{key[0]} {key[1]}"
+        line = f"{name}: {described(live)}, {version.dropped:,} rows dropped"
         now_s = time.monotonic()
         if live.failure and not version.failure:
             log.warning("live parity is broken: %s", line)
@@ -317,49 +395,18 @@ class Shadow:
         elif now_s >= version.said_s + SAY_S:
             log.info("%s", line)
             version.said_s = now_s
-        version.judged, version.failure, version.line = True, live.failure, line
+        version.unjudged, version.failure, version.line = 0, live.failure, line
 
     def _check_judged(self, left: int) -> None:
         """Refuse to give a verdict that nobody has given."""
         if left:
             raise ShadowError(f"stopped, {left:,} rows before as many had come as were asked for")
-        if not self._versions or not all(one.judged for one in self._versions.values()):
+        found = self._all()
+        if not found or any(version.unjudged for _, _, version in found):
             raise ShadowError(
                 "the rows have come, but the server went away, or loaded another version, before "
                 "it could judge them; start the shadow again"
             )
-
-    def _read(self) -> None:
-        """Put what the server samples into the queue; a refusal for good comes last."""
-        pause_s, said = FIRST_PAUSE_S, ""
-        while not self._over.is_set():
-            try:
-                with closing(self._client.sample(self._model)) as sampled:
-                    for rows in sampled:
-                        pause_s, said = FIRST_PAUSE_S, ""
-                        if not self._put(rows):
-                            return
-                reason = "the server ended the stream"
-            except ServerError as error:
-                if error.code not in AGAIN:
-                    self._put(error)
-                    return
-                reason = str(error)
-            if reason != said and not self._over.is_set():
-                log.warning("no rows: %s; trying again", reason)
-                said = reason
-            self._over.wait(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-    def _put(self, found: SampledRows | ServerError) -> bool:
-        """Wait for room; false once nobody will read it."""
-        while not self._over.is_set():
-            try:
-                self._waiting.put(found, timeout=LOOK_S)
-            except queue.Full:
-                continue
-            return True
-        return False
 
 
 def described(live: parity_pb2.LiveParity) -> str:

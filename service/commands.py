@@ -1,4 +1,4 @@
-"""The commands of `serve-export`: serve a repository, ask a server, read its parity.
+"""The commands of `serve-export`: serve a repository, ask a server, read its parity and health.
 
 Exit status: 0 done, or stopped cleanly; 1 refused, with one sentence that says why; 2 wrong
 options. Only this module prints, and `service.tables` for it. What a server does not need is
@@ -17,7 +17,7 @@ import typer
 from service import launch
 from service.errors import ServiceError
 from service.launch import TOKEN
-from service.settings import ENVIRONMENT_PREFIX, Settings
+from service.settings import ENVIRONMENT_PREFIX, Settings, place
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -85,17 +85,20 @@ def _options() -> list[inspect.Parameter]:
 
 
 def _option(field: Field[Any]) -> inspect.Parameter:
+    anywhere = field.type == Path | str  # typer knows no unions
     option = typer.Option(
         f"--{field.name.replace('_', '-')}",
         envvar=f"{ENVIRONMENT_PREFIX}{field.name.upper()}",
         help=field.metadata["help"],
         rich_help_panel=field.metadata["group"],
+        parser=place if anywhere else None,
+        metavar="FOLDER|URL" if anywhere else None,
     )
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if field.default is MISSING else field.default,
-        annotation=Annotated[field.type, option],
+        annotation=Annotated[str if anywhere else field.type, option],
     )
 
 
@@ -294,6 +297,52 @@ def parity(  # noqa: PLR0913  one parameter an option
         tables.show_parity(answer)
     if failures := watching.failures(answer):
         fail("; ".join(failures))
+
+
+@app.command()
+def health(  # noqa: PLR0913  one parameter an option
+    address: Address = ADDRESS,
+    ready: Annotated[bool, typer.Option("--ready", help="It must take requests as well.")] = False,
+    service: Annotated[
+        str, typer.Option(help="Name of a model, or of a gRPC service, that must take requests.")
+    ] = "",
+    timeout_s: Annotated[float, typer.Option(help="Longest wait for an answer, in seconds.")] = 3.0,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: Annotated[
+        str, typer.Option(help="Host that its certificate is for, if not the one of --address.")
+    ] = "",
+) -> None:
+    """Say whether a server is live, or ready: for containers and probes.
+
+    Live is whatever answers, with a model or without, and while it stops. Needs no token. An
+    address to listen on everywhere, as in SERVE_EXPORT_ADDRESS=0.0.0.0:8001, is asked on this
+    host.
+
+    Exit status: 0 it is, 1 it is not, 2 wrong options.
+
+    Example: serve-export health --ready
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would say is in our sentence
+    from service import probe  # noqa: PLC0415  gRPC: only for who asks
+
+    question = probe.Question(
+        address=address,
+        ready=ready,
+        service=service,
+        timeout_s=timeout_s,
+        tls=tls,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_name=tls_name,
+    )
+    try:
+        print(probe.ask(question))
+    except (ServiceError, ValueError) as error:
+        fail(error)
 
 
 def _client(

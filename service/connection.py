@@ -152,7 +152,7 @@ class Connection:
         )
 
     def _unreachable(self, said: str) -> str:
-        if "handshake" in said:
+        if "handshake" in said or "verification check failed" in said:
             return f"no TLS connection to {self.address}; compare its certificate with tls"
         if "backends" in said and ("socket closed" in said or "connection reset" in said):
             return (

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from service.settings import ENVIRONMENT_PREFIX, Settings
+from service.settings import ENVIRONMENT_PREFIX, Settings, place
 
 WHOLE = re.compile(r"-?[0-9]{1,18}")
 NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?")
@@ -22,6 +22,8 @@ def read(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     more: Mapping[str, Any] | None = None,
+    *,
+    of: Any = Settings,  # noqa: ANN401  a dataclass
 ) -> dict[str, Any] | None:
     """Return what `Settings` is to be made with, and more; None if not everything is plainly right.
 
@@ -29,9 +31,10 @@ def read(
         arguments: of the command, its name left out.
         environment: with the options' variables.
         more: other options that must be given, and what their values are.
+        of: the dataclass whose fields are the options.
     """
-    kinds: dict[str, Any] = {one.name: one.type for one in fields(Settings)} | dict(more or {})
-    needed = {one.name for one in fields(Settings) if one.default is MISSING} | set(more or ())
+    kinds: dict[str, Any] = {one.name: one.type for one in fields(of)} | dict(more or {})
+    needed = {one.name for one in fields(of) if one.default is MISSING} | set(more or ())
     texts = {
         name: text
         for name in kinds
@@ -95,4 +98,5 @@ _READ: dict[Any, Callable[[str], Any]] = {
     float: _matching(NUMBER, float),
     Path: Path,
     Path | None: Path,
+    Path | str: place,
 }

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,19 @@ from pipeline.errors import PipelineError
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
+    from pipeline.endpoint import Endpoint
+    from pipeline.replicas import Replicas
     from service.client import Client
 
 
 def shadow(  # noqa: PLR0913  one parameter an option
     endpoint: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8001",
+    every_address: Annotated[
+        bool,
+        typer.Option(
+            "--every-address", help="Shadow the servers at all addresses that HOST has, and gets."
+        ),
+    ] = False,
     models: Annotated[
         Path, typer.Option(help="Folder of the bundles that the server serves.")
     ] = Path("models"),
@@ -30,6 +39,10 @@ def shadow(  # noqa: PLR0913  one parameter an option
     model: Annotated[str, typer.Option(help="Only this one's rows.")] = "",
     rows: Annotated[
         int | None, typer.Option(min=1, help="End after so many rows, with a verdict.")
+    ] = None,
+    heartbeat: Annotated[
+        Path | None,
+        typer.Option(help="File to touch every second or so while this works, for health checks."),
     ] = None,
     tls: UseTls = False,
     tls_ca: TlsCa = None,
@@ -53,6 +66,9 @@ def shadow(  # noqa: PLR0913  one parameter an option
     every file of that bundle verified. One given with --original must say, in the metadata that
     its exporter wrote, that it comes from the same .keras file.
 
+    With --every-address, HOST is looked up again every few seconds, and every server behind it is
+    shadowed and reported to by itself: replicas without a balancer in between.
+
     Ends with 0 on SIGTERM and 130 on Ctrl-C, with what was read reported. With --rows it ends
     with 1 where parity does not hold.
 
@@ -62,23 +78,46 @@ def shadow(  # noqa: PLR0913  one parameter an option
         from pipeline.endpoint import Endpoint  # noqa: PLC0415  gRPC: only for who asks
 
         server = Endpoint(endpoint, tls, tls_ca, tls_cert, tls_key, token_file)
-        with server.connect(channels=1) as client:  # reports go to who has sampled the rows
-            asked = {"model": model, "rows": rows}
-            failure = _shadowed(client, endpoint, (original, models), asked)
+        with _servers(server, every_address=every_address) as servers:
+            asked = {"model": model, "rows": rows, "heartbeat": heartbeat}
+            failure = _shadowed(servers, endpoint, (original, models), asked)
     except (PipelineError, ServiceError, ValueError) as error:
         fail(str(error), status=1)
     except OSError as error:
-        fail(f"a file cannot be read: {error}", status=1)
+        fail(f"a file cannot be read or written: {error}", status=1)
     except KeyboardInterrupt:
         fail("stopped; what was read has been reported", status=130)
     if failure and rows is not None:
         fail(failure, status=1)
 
 
+def _servers(server: "Endpoint", *, every_address: bool) -> "Client | Replicas":
+    """Return the one server, or all those that its name stands for."""
+    client = server.connect(channels=1)  # reports go to who has sampled the rows
+    if not every_address:
+        return client
+    client.close()  # what is wrong with the options has been said now
+    if server.tls or server.tls_ca or server.tls_cert:
+        raise ValueError(
+            "--every-address connects to addresses, and a certificate is for a name, which our "
+            "client cannot be told to expect there; leave the options of TLS out, or start one "
+            "shadow for each server's own name, without --every-address"
+        )
+    from pipeline.replicas import Name, Replicas  # noqa: PLC0415  gRPC: only for who asks
+
+    return Replicas(
+        Name.of(server.address).addresses,
+        lambda address: replace(server, address=address).connect(channels=1),
+    )
+
+
 def _shadowed(
-    client: "Client", endpoint: str, places: tuple[Path | None, Path], asked: dict[str, Any]
+    servers: "Client | Replicas",
+    endpoint: str,
+    places: tuple[Path | None, Path],
+    asked: dict[str, Any],
 ) -> str:
-    """Shadow a server until a signal; return why live parity does not hold, or nothing."""
+    """Shadow servers until a signal; return why live parity does not hold, or nothing."""
     console = Console(stderr=True)
     stopped: list[int] = []
     with console.status("starting TensorFlow, some ten seconds") as status:
@@ -89,8 +128,8 @@ def _shadowed(
         status.update(f"waiting for rows of {escape(endpoint)}")
         logging.getLogger("pipeline").info("waiting for rows of %s", endpoint)
         shadowing = shadow.Shadow(
-            client,
-            shadow.Originals(client, saved_model=places[0], models=places[1]),
+            servers,
+            shadow.Originals(saved_model=places[0], models=places[1]),
             show=status.update if console.is_terminal else None,
             **asked,
         )

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import shadow
+from pipeline import replicas, shadow
 from pipeline.errors import ShadowError
 from protos import parity_pb2
 from service import agreement
@@ -76,7 +77,7 @@ class Given(shadow.Originals):
     def __init__(self, of):
         self._of = of
 
-    def of(self, rows):
+    def of(self, rows, client=None):
         return self._of(rows)
 
 
@@ -196,7 +197,7 @@ def test_a_server_without_the_calls_is_said_to_be_another(originals):
 
 
 def test_a_server_that_was_lost_is_asked_again(tiny, originals, monkeypatch, caplog):
-    monkeypatch.setattr(shadow, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(replicas, "FIRST_PAUSE_S", 0.01)
     images = tiny.images(8)
     client = Lines(
         *blocks(tiny, images[:4]), refused("UNAVAILABLE"), refused("UNAVAILABLE"),
@@ -370,6 +371,225 @@ def test_rows_that_nobody_rescores_are_left_with_the_server(tiny, originals, mon
     assert not running.is_alive()
 
 
+class Many:
+    """Servers by their addresses, which may come and go."""
+
+    def __init__(self, monkeypatch, **servers):
+        monkeypatch.setattr(shadow, "REPORT_S", 0.01)
+        monkeypatch.setattr(replicas, "LOOK_UP_S", 0.01)
+        monkeypatch.setattr(replicas, "FIRST_PAUSE_S", 0.01)
+        self.servers = servers
+        self.named = set(servers)
+        self.closed = []
+
+    def connect(self, address):
+        server = self.servers[address]
+        server.close = lambda: self.closed.append(address)
+        return server
+
+    def run(self, originals, until=None, **options):
+        """Shadow them until everything sampled was read and more holds; return the result."""
+        servers = replicas.Replicas(lambda: self.named, self.connect)
+        shadowing = shadow.Shadow(servers, originals, **options)
+
+        def stop():
+            for server in tuple(self.servers.values()):
+                server.waiting.wait(60)
+            wait_for(until or (lambda: True))
+            shadowing.stop()
+
+        threading.Thread(target=stop, daemon=True).start()
+        with servers:
+            return shadowing.run()
+
+
+def wait_for(found):
+    until_s = time.monotonic() + 60
+    while not found() and time.monotonic() < until_s:
+        time.sleep(0.01)
+
+
+def test_every_server_is_told_of_its_own_rows_and_of_no_others(tiny, originals, monkeypatch):
+    images = tiny.images(12)
+    many = Many(
+        monkeypatch,
+        a=Lines(*blocks(tiny, images[:5])),
+        b=Lines(*blocks(tiny, images[5:])),
+    )
+
+    assert many.run(originals) == ""
+
+    assert [many.servers[name].reported[KEY].rows for name in "ab"] == [5, 7]
+    assert sorted(many.closed) == ["a", "b"]
+
+
+def test_servers_of_one_version_share_its_original(bundled, tiny, monkeypatch):
+    load = Mock(wraps=tf.saved_model.load)
+    monkeypatch.setattr(tf.saved_model, "load", load)
+
+    class Both(Lines):
+        def parity(self, model="", version="", **_):
+            answer = super().parity(model, version)
+            known = Knowing().parity().versions[0].self_check
+            answer.versions[0].self_check.CopyFrom(known)
+            return answer
+
+        def metadata(self, model, version="", **_):
+            return Knowing().metadata(model)
+
+    servers = {name: Both(*blocks(tiny, tiny.images(6), 3)) for name in "abc"}
+    many = Many(monkeypatch, **servers)
+
+    assert many.run(shadow.Originals(models=bundled.parents[1])) == ""
+
+    assert load.call_count == 1
+    assert [one.reported[KEY].rows for one in servers.values()] == [6, 6, 6]
+
+
+def test_who_comes_and_who_goes_is_said_and_who_stays_is_shadowed_on(
+    tiny, originals, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    images = tiny.images(9)
+    a, c = Lines(*blocks(tiny, images[:3])), Lines(*blocks(tiny, images[3:]))
+    b = Lines(*[refused("UNAVAILABLE")] * 1000)
+    many = Many(monkeypatch, a=a, b=b)
+
+    def change():
+        wait_for(lambda: "a is there" in caplog.text and "b is there" in caplog.text)
+        many.servers["c"] = c
+        many.named = {"a", "c"}
+        wait_for(lambda: "b is gone" in caplog.text)
+        b.waiting.set()
+
+    threading.Thread(target=change, daemon=True).start()
+    many.run(originals, lambda: c.reported)
+
+    assert a.reported[KEY].rows == 3
+    assert c.reported[KEY].rows == 6
+    assert many.closed.count("b") == 1
+    said = [
+        one.message for one in caplog.records if "there" in one.message or "gone" in one.message
+    ]
+    assert said[:2] == ["a is there, and shadowed", "b is there, and shadowed"]
+    assert sorted(said[2:]) == ["b is gone", "c is there, and shadowed"]
+
+
+@pytest.mark.parametrize("code", ["PERMISSION_DENIED", "FAILED_PRECONDITION", "UNIMPLEMENTED"])
+def test_a_server_that_lets_nobody_read_does_not_end_what_others_are_shadowed_with(
+    tiny, originals, monkeypatch, caplog, code
+):
+    closed = Lines(refused(code))
+    closed.waiting.set()
+    many = Many(monkeypatch, a=closed, b=Lines(*blocks(tiny, tiny.images(6), 2)))
+
+    assert many.run(originals, lambda: "a is not shadowed" in caplog.text) == ""
+
+    assert many.servers["b"].reported[KEY].rows == 6
+    assert caplog.text.count("a is not shadowed: ") == 1
+
+
+def test_servers_that_all_let_nobody_read_end_only_who_waits_for_rows(
+    originals, monkeypatch, caplog
+):
+    many = Many(monkeypatch, a=Lines(refused("PERMISSION_DENIED")))
+    many.servers["a"].waiting.set()
+    assert many.run(originals, lambda: "a is not shadowed" in caplog.text) == ""
+
+    many = Many(monkeypatch, a=Lines(refused("PERMISSION_DENIED")))
+    with pytest.raises(ServerError, match="refused with PERMISSION_DENIED"):
+        many.run(originals, rows=5)
+
+
+@pytest.mark.parametrize("code", ["INTERNAL", "INVALID_ARGUMENT", "UNAVAILABLE", "NOT_FOUND"])
+def test_a_server_that_takes_no_report_does_not_end_what_others_are_shadowed_with(
+    tiny, originals, monkeypatch, code
+):
+    many = Many(
+        monkeypatch,
+        a=Lines(*blocks(tiny, tiny.images(4)), refusals=[refused(code)] * 1000),
+        b=Lines(*blocks(tiny, tiny.images(6), 2)),
+    )
+
+    assert many.run(originals, lambda: many.servers["b"].reported) == ""
+
+    assert many.servers["b"].reported[KEY].rows == 6
+    assert not many.servers["a"].reported
+
+
+def test_a_number_of_rows_is_of_all_servers_together(tiny, originals, monkeypatch):
+    many = Many(monkeypatch, **{name: Lines(*blocks(tiny, tiny.images(9), 3, 6)) for name in "ab"})
+
+    assert many.run(originals, lambda: False, rows=15) == ""
+
+    assert sum(one.reported[KEY].rows for one in many.servers.values()) == 15
+
+
+def test_rows_that_a_server_took_away_with_it_must_come_anew(tiny, originals, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    lost = [*blocks(tiny, tiny.images(8)), *[refused("UNAVAILABLE")] * 1000]
+    a = Lines(*lost, refusals=[refused("UNAVAILABLE")] * 1000)
+    b = Lines()
+    many = Many(monkeypatch, a=a, b=b)
+
+    def change():
+        wait_for(lambda: a.calls)
+        many.named = {"b"}
+        wait_for(lambda: "a is gone" in caplog.text)
+        many.servers["c"] = Lines(*blocks(tiny, tiny.images(10)))
+        many.named = {"b", "c"}
+
+    threading.Thread(target=change, daemon=True).start()
+
+    assert many.run(originals, lambda: False, rows=10) == ""
+
+    assert many.servers["c"].reported[KEY].rows == 10
+
+
+def test_the_result_names_the_server_that_fails_even_when_it_has_gone(
+    tiny, originals, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    images = tiny.images(3, seed=2)
+    wrong = block(images, tiny.logits(images)[:, ::-1].copy())
+    a, b = Lines(wrong, refused("UNAVAILABLE")), Lines(*blocks(tiny, images))
+    many = Many(monkeypatch, a=a, b=b)
+
+    def leave():
+        wait_for(lambda: "live parity is broken: a tiny 1: " in caplog.text)
+        many.named = {"b"}
+
+    threading.Thread(target=leave, daemon=True).start()
+
+    assert many.run(originals, lambda: "a is gone" in caplog.text) == "a a flip"
+
+
+def test_the_heartbeat_goes_on_while_nothing_comes_and_ends_with_the_shadow(
+    originals, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(shadow, "REPORT_S", 0.01)
+    beat, client = tmp_path / "alive", Lines()
+    shadowing = shadow.Shadow(client, originals, heartbeat=beat)
+    running = threading.Thread(target=shadowing.run)
+    running.start()
+
+    for _ in range(3):  # whatever is made old becomes new
+        wait_for(lambda: beat.exists() and beat.stat().st_mtime > 1)
+        os.utime(beat, (1, 1))
+        wait_for(lambda: beat.stat().st_mtime > 1)
+        assert beat.stat().st_mtime > 1
+    shadowing.stop()
+    running.join(60)
+    os.utime(beat, (1, 1))
+    time.sleep(0.1)
+    assert beat.stat().st_mtime == 1
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_it(originals, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        shadow.Shadow(Lines(), originals, heartbeat=tmp_path / "none" / "alive").run()
+
+
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
@@ -459,24 +679,24 @@ class Knowing(Client):
 
 
 def test_the_original_of_a_bundle_answers_as_it_should(bundled, tiny):
-    originals = shadow.Originals(Knowing(), models=bundled.parents[1])
+    originals = shadow.Originals(models=bundled.parents[1])
     images = tiny.images(9)
 
-    original = originals.of(block(images, tiny.logits(images)))
+    original = originals.of(block(images, tiny.logits(images)), Knowing())
 
     np.testing.assert_allclose(original.answer(images), tiny.logits(images), atol=1e-4)
     assert original.classes
     assert original.allowed == BUDGET
-    assert originals.of(block(images, tiny.logits(images))) is original
+    assert originals.of(block(images, tiny.logits(images)), Knowing()) is original
 
 
 def test_an_original_that_was_changed_is_not_relied_on(bundled, tiny):
     with (bundled / "variants/saved_model/saved_model.pb").open("ab") as file:
         file.write(b"\0")
-    originals = shadow.Originals(Knowing(), models=bundled.parents[1])
+    originals = shadow.Originals(models=bundled.parents[1])
 
     with pytest.raises(ShadowError, match="no original to rely on: tiny/1/variants/saved_model"):
-        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))))
+        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))), Knowing())
 
 
 def test_the_original_of_another_model_is_not_relied_on(bundled, saved, tiny):
@@ -484,24 +704,24 @@ def test_the_original_of_another_model_is_not_relied_on(bundled, saved, tiny):
 
     for places in ({"models": bundled.parents[1]}, {"saved_model": saved}):
         with pytest.raises(ShadowError, match=r"from the original parent, .* 1 from another"):
-            shadow.Originals(Knowing(), **places).of(rows)
+            shadow.Originals(**places).of(rows, Knowing())
 
 
 def test_a_saved_model_that_does_not_say_what_it_is_is_not_relied_on(saved, tiny, tmp_path):
     nameless = shutil.copytree(saved, tmp_path / "nameless")
     shutil.rmtree(nameless / "assets.extra")
-    originals = shadow.Originals(Knowing(), saved_model=nameless)
+    originals = shadow.Originals(saved_model=nameless)
 
     with pytest.raises(ShadowError, match="does not say which model it is"):
-        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))))
+        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))), Knowing())
 
 
 def test_a_file_of_an_original_that_no_digest_speaks_for_is_not_relied_on(bundled, tiny):
     (bundled / "variants/saved_model/saved_model.pbtxt").write_text("")
-    originals = shadow.Originals(Knowing(), models=bundled.parents[1])
+    originals = shadow.Originals(models=bundled.parents[1])
 
     with pytest.raises(ShadowError, match=r"saved_model.pbtxt, which its manifest does not list"):
-        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))))
+        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))), Knowing())
 
 
 def test_a_server_that_says_nothing_of_its_budget_is_not_held_to_one(bundled, tiny):
@@ -509,29 +729,28 @@ def test_a_server_that_says_nothing_of_its_budget_is_not_held_to_one(bundled, ti
         def parity(self, model="", version="", **_):
             return parity_pb2.GetParityResponse(versions=[parity_pb2.VersionParity()])
 
-    client = Silent()
     with pytest.raises(ShadowError, match="does not say how far tiny 1 may be"):
-        shadow.Originals(client, models=bundled.parents[1]).of(
-            block(tiny.images(1), tiny.logits(tiny.images(1)))
+        shadow.Originals(models=bundled.parents[1]).of(
+            block(tiny.images(1), tiny.logits(tiny.images(1))), Silent()
         )
 
 
 def test_an_original_is_let_go_when_no_rows_of_its_version_come(bundled, tiny):
     now_s = [0.0]
-    originals = shadow.Originals(Knowing(), models=bundled.parents[1], clock=lambda: now_s[0])
+    originals = shadow.Originals(models=bundled.parents[1], clock=lambda: now_s[0])
     shutil.copytree(bundled, bundled.parent / "2")
     text = (bundled / "manifest.json").read_text()
     (bundled.parent / "2/manifest.json").write_text(text.replace('"version": 1', '"version": 2'))
     images = tiny.images(1)
     first, second = (block(images, tiny.logits(images), version) for version in "12")
 
-    before = originals.of(first)
+    before = originals.of(first, Knowing())
     now_s[0] = shadow.UNUSED_S
-    originals.of(second)
-    assert originals.of(first) is before
+    originals.of(second, Knowing())
+    assert originals.of(first, Knowing()) is before
     now_s[0] += shadow.UNUSED_S + 1
-    originals.of(second)
-    assert originals.of(first) is not before
+    originals.of(second, Knowing())
+    assert originals.of(first, Knowing()) is not before
 
 
 class Line(tf.Module):
@@ -542,13 +761,13 @@ class Line(tf.Module):
         return {"y": 2 * x - 1}
 
 
-class KnowingLine(Knowing):
-    """A server that only knows a model without classes, as a client."""
+class KnowingLine(Lines):
+    """A server that samples a model without classes, as a client."""
 
     def parity(self, model="", version="", **_):
-        check = parity_pb2.SelfCheck()
-        check.report.budget.CopyFrom(BUDGET.message())
-        return parity_pb2.GetParityResponse(versions=[parity_pb2.VersionParity(self_check=check)])
+        answer = super().parity(model, version)
+        answer.versions[0].self_check.report.budget.CopyFrom(BUDGET.message())
+        return answer
 
     def metadata(self, model, version="", **_):
         return SimpleNamespace(properties={"parity.output": "y"})
@@ -556,10 +775,10 @@ class KnowingLine(Knowing):
 
 def test_a_model_that_is_no_classifier_is_held_to_its_differences(tmp_path):
     x = np.linspace(-8, 8, 24, dtype=np.float32).reshape(8, 3)
-    client = Lines(SampledRows("line", "1", "parent", x, 2 * x - 1 + np.float32(0.5), 0))
+    client = KnowingLine(SampledRows("line", "1", "parent", x, 2 * x - 1 + np.float32(0.5), 0))
     saved_model = save(Line(), tmp_path / "line")
 
-    assert run(client, shadow.Originals(KnowingLine(), saved_model=saved_model)) == ""
+    assert run(client, shadow.Originals(saved_model=saved_model)) == ""
 
     found = client.reported["line", "1", "parent"]
     assert (found.rows, found.agreed, found.max_logit) == (8, 8, 0.5)
@@ -571,10 +790,10 @@ def test_a_bundle_without_an_original_says_so(make_bundle, tiny):
     path = make_bundle(
         edit=lambda manifest: setattr(manifest.provenance, "parent_sha256", "parent")
     )
-    originals = shadow.Originals(Knowing(), models=path.parents[1])
+    originals = shadow.Originals(models=path.parents[1])
 
     with pytest.raises(ShadowError, match="has no variants/saved_model; give the original with"):
-        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))))
+        originals.of(block(tiny.images(1), tiny.logits(tiny.images(1))), Knowing())
 
 
 @contextmanager
@@ -704,3 +923,82 @@ def test_a_server_that_samples_nothing_is_said_to(bundled):
 
     assert other.returncode == 1
     assert said.strip().splitlines()[-1].startswith("error: this server lets nobody read rows;")
+
+
+# Shadows; a name stands for what a file says, a host a line.
+NAMED = """
+import socket
+import sys
+from pathlib import Path
+names, sys.argv = Path(sys.argv[1]), ["train-export", *sys.argv[2:]]
+known = socket.getaddrinfo
+def found(host, port, *words, **more):
+    if host != "inference":
+        return known(host, port, *words, **more)
+    hosts = names.read_text().split()
+    if not hosts:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return [known(one, port, *words, **more)[0] for one in hosts]
+socket.getaddrinfo = found
+from pipeline.__main__ import app
+app()
+"""
+
+
+@pytest.mark.slow
+def test_servers_behind_a_name_are_shadowed_as_they_come_and_go(bundled, tmp_path):
+    names, beat, log = tmp_path / "names", tmp_path / "alive", tmp_path / "log"
+    names.write_text("")
+    with served(bundled, "127.0.0.2:0") as (first, a), log.open("w") as output:
+        port = a.rpartition(":")[2]
+        words = ("shadow", "--models", bundled.parents[1], "--endpoint", f"inference:{port}")
+        command = [sys.executable, "-c", NAMED, names, *words, "--every-address"]
+        with (
+            served(bundled, f"127.0.0.3:{port}") as (_, b),
+            subprocess.Popen(
+                [*map(str, command), "--heartbeat", str(beat)], stdout=output, stderr=output
+            ) as other,
+        ):
+            try:
+                wait_for(lambda: "addresses are not known" in log.read_text())
+                names.write_text("127.0.0.2\n127.0.0.3\n")
+                reported_of(a, b)
+                first.kill()
+                first.wait()
+                with served(bundled, f"127.0.0.4:{port}") as (_, c):
+                    names.write_text("127.0.0.3\n127.0.0.4\n")
+                    reported_of(b, c)
+                    wait_for(lambda: f"{a} is gone" in log.read_text())
+                    assert time.time() - beat.stat().st_mtime < 60
+                    other.terminate()
+                    status = other.wait(60)
+            finally:
+                other.kill()
+
+    said = log.read_text()
+    assert status == 0, said
+    assert [said.count(f"{one} is there") for one in (a, b, c)] == [1, 1, 1]
+    assert [said.count(f"{one} is gone") for one in (a, b, c)] == [1, 0, 0]
+    assert "Traceback" not in said
+
+
+def reported_of(*addresses):
+    """Wait until rows of every server have been reported to it."""
+    for address in addresses:
+        with Client(address) as client:
+            sampled(client)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--tls",), "a certificate is for a name, which our client cannot be told to expect"),
+        (("--endpoint", "inference"), "the server is 'inference', expected HOST:PORT"),
+    ],
+)
+def test_what_every_address_cannot_be_had_with_is_said(bundled, options, sentence):
+    with shadowing("inference:1", bundled, "--every-address", *options) as other:
+        said = other.communicate(timeout=60)[0]
+
+    assert other.returncode == 1
+    assert sentence in said

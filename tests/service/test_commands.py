@@ -129,6 +129,7 @@ def test_no_command_shows_the_help(run):
         ("alias", "tiny", "champion", "first"),
         ("predict",),
         ("predict", "a.png", "--top", "0"),
+        ("health", "--timeout-s", "soon"),
         ("nonsense",),
     ],
 )
@@ -422,6 +423,39 @@ def test_parity_of_an_unknown_model_is_refused(run, address):
     assert sentence(run("parity", "--address", address, "--model", "none")) == (
         "Request for unknown model: 'none' is not found"
     )
+
+
+@pytest.mark.parametrize(
+    ("ready", "words", "status", "said"),
+    [
+        (True, ("--ready", "--service", "tiny"), 0, "ready"),
+        (False, (), 0, "live"),
+        (False, ("--ready",), 1, "is live, and takes no requests now"),
+        (False, ("--service", "other"), 1, "'other' is no service or model of this server"),
+    ],
+)
+def test_health_is_told_by_status_and_a_word_or_a_sentence(
+    run, rpc, listen, ready, words, status, said
+):
+    result = run("health", "--address", listen(rpc, ready=ready), *words)
+
+    assert result.exit_code == status
+    assert said in (sentence(result) if status else result.stdout)
+
+
+def test_health_of_a_server_that_is_not_there_is_a_sentence(run, tmp_path):
+    assert f"no server answers at {NOBODY}" in sentence(run("health", "--address", NOBODY))
+    assert "cannot be read" in sentence(run("health", "--tls-ca", tmp_path / "none"))
+    assert "need each other" in sentence(run("health", "--tls-cert", tmp_path / "none"))
+
+
+def test_health_is_asked_where_the_environment_says_that_the_server_listens(
+    run, address, monkeypatch
+):
+    port = address.rpartition(":")[2]
+    monkeypatch.setenv("SERVE_EXPORT_ADDRESS", f"0.0.0.0:{port}")
+
+    assert run("health").stdout == "ready\n"
 
 
 def test_help_imports_neither_grpc_nor_onnxruntime():

@@ -45,12 +45,38 @@ def test_wrong_options_are_explained_with_status_2(arguments):
     assert "Usage: " in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["serve", "predict", "parity", "alias", "doctor"])
+@pytest.mark.parametrize("name", ["serve", "predict", "parity", "health", "alias", "doctor"])
 def test_every_command_has_its_help(name):
     done = command(name, "--help")
 
     assert done.returncode == 0
     assert f"Usage: python -m service {name} [OPTIONS]" in done.stdout
+
+
+HEALTH = """
+import sys
+from service.__main__ import main
+sys.argv = ["serve-export", "health", "--address", "127.0.0.1:1"]
+try:
+    main()
+except SystemExit as end:
+    print(end.code, sorted({"typer", "rich", "pydantic", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_health_is_asked_without_what_explains_its_options_and_colours_its_refusal():
+    done = subprocess.run([sys.executable, "-c", HEALTH], capture_output=True, text=True)
+
+    assert done.stdout == "1 []\n"
+    assert done.stderr.startswith("error: no server answers at 127.0.0.1:1")
+
+
+@pytest.mark.parametrize("odd", [("--nonsense",), ("--timeout-s", "soon"), ("--ready=1",)])
+def test_odd_options_of_health_are_explained(odd):
+    done = command("health", *odd)
+
+    assert done.returncode == 2
+    assert "─ Error ─" in done.stderr
 
 
 def mapped(pid):
