@@ -10,6 +10,7 @@ PROTOS := protos/inference.proto protos/model_config.proto protos/bundle.proto p
 	protos/onnx.proto
 SERVICES := protos/inference.proto protos/parity.proto
 STRANGERS := .venv-conformance/.installed
+KSERVE := .venv-kserve/.installed
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 COMPILE := $(LOCK) pyproject.toml
@@ -28,7 +29,7 @@ run: $(STAMP) ## train, export, prove parity, publish and serve once: the whole 
 	$(BIN)/train-export run $(ARGS)
 
 .PHONY: test
-test: $(STAMP) $(STRANGERS) ## the whole test suite but compose, with coverage
+test: $(STAMP) $(STRANGERS) $(KSERVE) ## the whole test suite but compose, with coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --ignore=tests/compose
 	$(BIN)/coverage combine --quiet
@@ -105,6 +106,7 @@ lock: $(STAMP) ## resolve the requirements again (ARGS=--upgrade for newer versi
 	$(COMPILE) --extra service --constraints requirements/dev.txt --output-file requirements/service.txt
 	$(LOCK) tests/conformance/requirements.in --output-file tests/conformance/requirements.txt $(ARGS)
 	$(LOCK) --no-deps tests/conformance/perf_analyzer.in --output-file tests/conformance/perf_analyzer.txt $(ARGS)
+	$(LOCK) --no-deps tests/deploy/requirements.in --output-file tests/deploy/requirements.txt $(ARGS)
 	for name in $(PEERS); do $(LOCK) benchmarks/peers/$$name.in --output-file benchmarks/peers/$$name.txt $(ARGS) || exit 1; done
 	$(COMPILE) --extra pipeline --extra cuda --constraints requirements/dev.txt --output-file requirements/pipeline-gpu.txt
 	$(LOCK) --group build --constraints requirements/dev.txt --output-file requirements/build.txt
@@ -132,6 +134,9 @@ $(STAMP): requirements/dev.txt requirements/uv.txt pyproject.toml
 $(STRANGERS): $(STAMP) tests/conformance/requirements.txt tests/conformance/perf_analyzer.txt tests/conformance/setup.sh
 	tests/conformance/setup.sh
 
+$(KSERVE): $(STAMP) tests/deploy/requirements.txt tests/deploy/setup.sh
+	tests/deploy/setup.sh
+
 .PHONY: clean
 clean: ## remove what make made, but neither models/ nor runs/
-	rm -rf .venv .venv-conformance .venv-peers .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-conformance .venv-kserve .venv-peers .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

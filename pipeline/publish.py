@@ -26,12 +26,14 @@ from pipeline.errors import BusyError, PublishError
 from pipeline.records import Checked, Dataset, Exports, Published, Scores, Staged, Trained
 from protos import bundle_pb2
 from service import agreement, bundle
+from service.errors import BundleError
 from service.session import Session, Tensor
 
 log = logging.getLogger(__name__)
 STAGING_PREFIX = ".staging-"
 LOCK = ".lock"
 LAST = ".last-version"  # what was published last stays taken when it is removed
+TRITON_CONFIG = "config.pbtxt"
 VARIANTS = "variants"
 GOLDEN_ROWS_PER_CLASS = 20  # 200 images are answered in milliseconds at every load
 GOLDEN_ROWS = 200  # where there are no classes
@@ -133,7 +135,7 @@ def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
             write_manifest(staged.path, manifest)
             files.sync_tree(staged.path)
             files.write_whole(home / LAST, str(number).encode())
-            files.write_whole(home / "config.pbtxt", _triton_config(manifest).encode())
+            _write_triton_config(home, manifest)
             staged.path.rename(home / str(number))  # last: what fails before it publishes nothing
             files.sync(home)
     except OSError as error:
@@ -141,6 +143,26 @@ def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
         raise PublishError(f"{home} cannot be written to: {error.strerror}{room}") from error
     log.info("published %s", home / str(number))
     return Published(path=home / str(number), name=config.name, version=number)
+
+
+def _write_triton_config(home: Path, manifest: bundle_pb2.BundleManifest) -> None:
+    """Keep the model's config.pbtxt up to date, unless somebody has written or edited it."""
+    path, text = home / TRITON_CONFIG, triton_config(manifest)
+    if path.exists() and path.read_bytes() not in (text.encode(), _published_config(home)):
+        log.info("%s was edited, and is kept", path)
+        return
+    files.write_whole(path, text.encode())
+
+
+def _published_config(home: Path) -> bytes | None:
+    """Return what the newest version's config.pbtxt was written as; None: there is none."""
+    versions = [int(one.name) for one in home.iterdir() if bundle.VERSION.fullmatch(one.name)]
+    if not versions:
+        return None
+    try:
+        return triton_config(bundle.read_manifest(home / str(max(versions)))).encode()
+    except BundleError:
+        return None
 
 
 def write_manifest(path: Path, manifest: bundle_pb2.BundleManifest) -> None:
@@ -307,7 +329,7 @@ def git_commit(folder: Path) -> str:
         return ""
 
 
-def _triton_config(manifest: bundle_pb2.BundleManifest) -> str:
+def triton_config(manifest: bundle_pb2.BundleManifest) -> str:
     """Return the model's configuration for Triton, which can serve the same folder."""
     outputs = ",\n".join(_triton_tensor(spec) for spec in manifest.outputs)
     return (

@@ -276,10 +276,33 @@ def test_triton_is_told_the_same_tensors(publish_once):
     assert '{ name: "logits", data_type: TYPE_FP32, dims: [ 10 ] }' in text
 
 
-def test_what_triton_is_told_changes_nothing_for_our_own_server(publish_once):
-    usual = model_config.of_server(Settings(repository=Path()), cores=2)
+@pytest.mark.parametrize("policy", ["latest:1", "latest:3", "all"])
+def test_what_triton_is_told_changes_nothing_for_our_own_server(publish_once, policy):
+    usual = model_config.of_server(Settings(repository=Path(), version_policy=policy), cores=2)
 
     assert model_config.read(publish_once().path.parent, usual) == usual
+
+
+def test_what_somebody_has_edited_for_triton_is_kept(publish_once):
+    path = publish_once().path.parent / "config.pbtxt"
+    path.write_text("max_batch_size: 8\n")
+
+    assert publish_once().version == 2
+    assert path.read_text() == "max_batch_size: 8\n"
+
+
+def test_what_nobody_has_edited_for_triton_follows_the_model(publish_once):
+    first = publish_once().path
+    path, now = first.parent / "config.pbtxt", (first.parent / "config.pbtxt").read_text()
+    manifest = bundle.read_manifest(first)
+    manifest.outputs[0].name = "scores"  # as the network was then
+    publish.write_manifest(first, manifest)
+    path.write_text(publish.triton_config(manifest))
+
+    publish_once()
+
+    assert "scores" not in path.read_text()
+    assert path.read_text() == now
 
 
 def test_outside_a_git_checkout_the_commit_is_left_empty(tmp_path):
