@@ -108,6 +108,7 @@ lock: $(STAMP) ## resolve the requirements again (ARGS=--upgrade for newer versi
 	$(LOCK) --no-deps tests/conformance/perf_analyzer.in --output-file tests/conformance/perf_analyzer.txt $(ARGS)
 	$(LOCK) --no-deps tests/deploy/requirements.in --output-file tests/deploy/requirements.txt $(ARGS)
 	for name in $(PEERS); do $(LOCK) benchmarks/peers/$$name.in --output-file benchmarks/peers/$$name.txt $(ARGS) || exit 1; done
+	$(COMPILE) --extra service --extra s3 --constraints requirements/dev.txt --output-file requirements/service-s3.txt
 	$(COMPILE) --extra pipeline --extra cuda --constraints requirements/dev.txt --output-file requirements/pipeline-gpu.txt
 	$(LOCK) --group build --constraints requirements/dev.txt --output-file requirements/build.txt
 	awk '/^uv==/ { on = 1 } on { print } on && !/\\$$/ { exit }' requirements/dev.txt > requirements/uv.txt

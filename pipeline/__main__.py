@@ -9,6 +9,7 @@ from pipeline.commands import (
     housekeeping,
     machine,
     promoting,
+    pushing,
     running,
     shadowing,
 )
@@ -18,6 +19,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     housekeeping.status,
     promoting.promote,
     promoting.rollback,
+    pushing.push,
     checking.check,
     checking.explain,
     shadowing.shadow,

@@ -181,12 +181,29 @@ def _secret(area: str, path: Path) -> Iterator[Finding]:
 
 
 def _repository(area: str, settings: Settings, root: Path) -> Iterator[Finding]:
+    if isinstance(settings.repository, Path):
+        yield from _bundles(area, settings, root, settings.repository)
+        return
+    from service import mirror, remote  # noqa: PLC0415  only for who has a URL
+
+    url, copies = settings.repository, mirror.folder_of(settings)
+    found = mirror.published(remote.connect(url).list())
+    versions = sum(map(len, found.values()))
+    advice = "" if found else f"publish into it with: train-export push NAME VERSION --to {url}"
+    yield Finding(area, f"{url} answers, with {versions} versions", advice, ok=bool(found))
+    if copies.is_dir():
+        yield from _bundles("copies", settings, root, copies)
+    else:
+        yield Finding("copies", f"{copies} is not there yet", "a server that starts makes it")
+
+
+def _bundles(area: str, settings: Settings, root: Path, folder: Path) -> Iterator[Finding]:
     from service.repository import scan  # noqa: PLC0415  needs onnxruntime
 
-    found = scan(settings.repository)
+    found = scan(folder)
     if not found:
         advice = "publish a model with: train-export run"
-        yield Finding(area, f"{settings.repository} holds no bundle", advice, ok=False)
+        yield Finding(area, f"{folder} holds no bundle", advice, ok=False)
     defaults = model_config.of_server(settings, host.cores(root))
     for name, versions in sorted(found.items()):
         if versions is None:
@@ -202,7 +219,7 @@ def _repository(area: str, settings: Settings, root: Path) -> Iterator[Finding]:
                 verified.append(number)
                 size = sum(file.size_bytes for file in files)
                 yield Finding(f"{name} {number}", f"{len(files)} files verified, {size:,} bytes")
-        yield _answering(name, settings.repository / name, verified, defaults)
+        yield _answering(name, folder / name, verified, defaults)
 
 
 def _answering(name: str, folder: Path, verified: list[int], defaults: ModelOptions) -> Finding:

@@ -6,6 +6,7 @@ serves.
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,11 @@ def serve(settings: Settings) -> None:
         ServiceError: it cannot start.
     """
     _prepare(settings)
+    with _on_this_host(settings) as local:
+        _serve(local)
+
+
+def _serve(settings: Settings) -> None:
     if settings.workers > 1:
         import asyncio  # noqa: PLC0415
 
@@ -66,6 +72,15 @@ def _prepare(settings: Settings) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of clients' damaged pictures
     # gRPC's core would repeat in its own words what we say in a sentence.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def _on_this_host(settings: Settings) -> AbstractContextManager[Settings]:
+    """Give settings whose repository is a folder, whatever they name."""
+    if isinstance(settings.repository, Path):
+        return nullcontext(settings)
+    from service import mirror  # noqa: PLC0415  only for who has a URL
+
+    return mirror.mirrored(settings)
 
 
 def _trials(settings: Settings) -> Trials:

@@ -19,6 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from protos.parity_pb2 import LIVE_VERDICT_PASSED, LiveParity
+from service import host
 from service.live import Key
 from service.statistics import BUCKETS, FAILURES, Figure, Histogram, Snapshot
 
@@ -131,6 +132,7 @@ class Metrics(Collector):
             )
         yield from _live_metrics(self._live())
         yield from self._processes()
+        yield from _memory_limit()
 
     def _processes(self) -> Iterator[Metric]:
         """Add up what the library tells of each process."""
@@ -151,6 +153,14 @@ class Metrics(Collector):
         for name, (merge, text) in PROCESS.items():
             if name in values:
                 yield GaugeMetricFamily(name, text, merge(values[name]))
+
+
+def _memory_limit() -> Iterator[Metric]:
+    """Yield what all processes may take together, if this host tells."""
+    limits = [one for one in (host.memory_limit_bytes(), host.memory_bytes()) if one is not None]
+    if limits:
+        text = "What the cgroups allow, or what the machine has, if that is less"
+        yield GaugeMetricFamily("serve_export_memory_limit_bytes", text, min(limits))
 
 
 def _live_metrics(found: Iterable[tuple[Key, LiveParity]]) -> Iterator[Metric]:

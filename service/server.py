@@ -103,7 +103,7 @@ class _Server:
         self._listening = threading.Event()
         trials = None if settings.model_control == "none" else process.trials
         self._repository = Repository(
-            settings.repository,
+            settings.folder,
             defaults=self._defaults,
             load=partial(_load, trials=trials, may_load=self._listening),
             statistics=store,
@@ -210,11 +210,11 @@ class _Server:
                 return
             repository.reconcile(self._over.is_set)
             if settings.model_control == "none":
-                _check_served(settings.repository, repository)
+                _check_served(settings.folder, repository)
                 return
             if not repository.versions():
-                log.warning("nothing to serve yet; %s is watched", settings.repository)
-            for _ in looks(settings.repository, settings.poll_s, self._over):
+                log.warning("nothing to serve yet; %s is watched", settings.folder)
+            for _ in looks(settings.folder, settings.poll_s, self._over):
                 _look(repository, self._over)
         except Exception as error:  # noqa: BLE001  raised again by who waits
             done.set_exception(error)

@@ -36,6 +36,11 @@ VERSION_POLICY = re.compile(r"all|latest(:[1-9][0-9]{0,3})?|specific:[1-9][0-9]*
 ENVIRONMENT_PREFIX = "SERVE_EXPORT_"
 
 
+def place(text: str) -> Path | str:
+    """Return where a repository is: a folder of this host, or a URL as it was given."""
+    return text if "://" in text else Path(text)
+
+
 def _option(default: object, group: str, text: str) -> Any:  # noqa: ANN401  as field itself
     """Declare one option; its help says what the value means, and its unit."""
     return field(default=default, metadata={"group": group, "help": text})
@@ -49,8 +54,17 @@ class Settings:
         SettingsError: a value cannot work.
     """
 
-    repository: Path = field(
-        metadata={"group": "Models", "help": "Folder of NAME/VERSION bundles."}
+    repository: Path | str = field(
+        metadata={
+            "group": "Models",
+            "help": "Folder of NAME/VERSION bundles; or where one is copied from: "
+            "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, file:///FOLDER.",
+        }
+    )
+    cache: Path | None = _option(
+        None,
+        "Models",
+        "Folder for the copies of a repository behind a URL; by default in the user's cache.",
     )
     model_control: str = _option(
         "poll",
@@ -59,7 +73,9 @@ class Settings:
         "none: load once.",
     )
     poll_s: float = _option(
-        5.0, "Models", "Seconds between two looks at the folder, besides its file system's events."
+        5.0,
+        "Models",
+        "Seconds between two looks at the folder, besides its file system's events, or at the URL.",
     )
     version_policy: str = _option(
         "latest:1",  # as Triton
@@ -173,6 +189,11 @@ class Settings:
     stop_with_stdin: bool = _option(
         False, "Operation", "Stop when standard input is closed, as by the end of the parent."
     )
+
+    @property
+    def folder(self) -> Path:
+        """The repository on this host; `service.mirror` keeps one for a URL."""
+        return Path(self.repository)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is opened."""

@@ -1,9 +1,13 @@
 """A bundle whose answers can be worked out by hand, and a server on it."""
 
 import hashlib
-from collections.abc import Callable
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -229,3 +233,138 @@ def make_generic_bundle(tmp_path: Path) -> MakeBundle:
         return path
 
     return make
+
+
+class Folder:
+    """What a repository behind a URL is made with, past our own code."""
+
+    def __init__(self, url: str, files: Any) -> None:
+        self.url = url
+        self._files = files
+        self._root = url.partition("://")[2]
+
+    def write(self, path: str, content: bytes) -> None:
+        self._files.makedirs(f"{self._root}/{path}".rpartition("/")[0], exist_ok=True)
+        self._files.pipe_file(f"{self._root}/{path}", content)
+
+    def read(self, path: str) -> bytes:
+        content: bytes = self._files.cat_file(f"{self._root}/{path}")
+        return content
+
+    def remove(self, path: str) -> None:
+        self._files.rm(f"{self._root}/{path}", recursive=True)
+
+    def list(self) -> list[str]:
+        found = self._files.find(self._root)
+        return sorted(path[len(self._root) + 1 :] for path in found)
+
+    def copy(self, bundle: Path, without: tuple[str, ...] = ()) -> str:
+        """Put the files of NAME/VERSION there, but some of them; return NAME/VERSION."""
+        folder = f"{bundle.parent.name}/{bundle.name}"
+        for file in bundle.rglob("*"):
+            path = file.relative_to(bundle).as_posix()
+            if file.is_file() and path not in without:
+                self.write(f"{folder}/{path}", file.read_bytes())
+        return folder
+
+
+class ObjectStore:
+    """A server of S3's API on a free port, which can be lost and come back with what it had."""
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._turn = threading.Lock()  # moto looks whether a file is there, and then writes it
+        self._buckets = itertools.count(1)
+        self._port = 0
+        self.asked: list[tuple[str, str]] = []  # (method, path) of every request
+        self.reset()
+
+    def reset(self) -> None:
+        self.loses_request: Callable[[str, str], bool] = lambda method, path: False
+        self.loses_answer: Callable[[str, str], bool] = lambda method, path: False
+        self.ignores_conditions = False
+        self.asked.clear()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the SDK reads, to find this server and not to wait long for it."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
+            "AWS_ACCESS_KEY_ID": "anybody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+        }
+
+    def start(self) -> None:
+        from moto.moto_server.werkzeug_app import MotoRequestHandler
+        from werkzeug.serving import make_server
+
+        class Quiet(MotoRequestHandler):
+            def log(self, *_: Any) -> None:
+                pass
+
+        self._server = make_server(
+            "127.0.0.1", self._port, self._answer, threaded=True, request_handler=Quiet
+        )
+        self._port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join(30)
+        self._server.server_close()
+
+    def folder(self) -> Folder:
+        """Make a bucket; return a folder in it. The environment must be set."""
+        import fsspec
+
+        files = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
+        bucket = f"bucket-{next(self._buckets)}"
+        files.mkdir(bucket)
+        return Folder(f"s3://{bucket}/models", files)
+
+    def _answer(self, environ: dict[str, Any], start: Any) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if self.ignores_conditions:
+            environ.pop("HTTP_IF_NONE_MATCH", None)
+        with self._turn:
+            self.asked.append((method, path))
+            if self.loses_request(method, path):
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                return []
+            answer = list(self._app(environ, start))
+            if self.loses_answer(method, path):
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            return answer
+
+
+@pytest.fixture(scope="session")
+def the_object_store() -> Iterator[ObjectStore]:
+    store = ObjectStore()
+    store.start()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def object_store(the_object_store, monkeypatch) -> ObjectStore:
+    """Give the one server; a test that stops it starts it again."""
+    the_object_store.reset()
+    for name, value in the_object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return the_object_store
+
+
+@pytest.fixture(params=["s3", "file"])
+def store_folder(request, tmp_path: Path) -> Folder:
+    """Give an empty folder of an object store; and one of this host, behind a URL as well."""
+    if request.param == "s3":
+        return request.getfixturevalue("object_store").folder()
+    import fsspec
+
+    (tmp_path / "store").mkdir()
+    return Folder(f"file://{tmp_path}/store", fsspec.filesystem("file"))

@@ -58,7 +58,7 @@ def running(path: Path) -> Iterator[Callable[[bytes], None]]:
         repository=path.parents[1], max_batch_rows=8, threads=1, instances=1, priority_levels=3
     )
     repository = Repository(
-        settings.repository, defaults=model_config.of_server(settings, cores=1), load=version.load
+        settings.folder, defaults=model_config.of_server(settings, cores=1), load=version.load
     )
     repository.reconcile()
     rpc = Rpc(repository, max_image_pixels=MAX_PIXELS)

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from protos import bundle_pb2, parity_pb2
-from service import agreement
+from service import agreement, host
 from service.live import LiveStore
 from service.metrics import (
     COUNTERS,
@@ -179,10 +179,14 @@ def test_parity_of_a_version_that_was_not_checked_is_not_told():
 def test_figures_of_all_workers_are_one(tmp_path):
     stores = [Store(tmp_path, worker) for worker in range(3)]
     for store in stores:
-        store.open("tiny", 3, 8).executed(Execution(4, 0, 0.5, 0), [0.1], [0.2], 1)
+        counted = store.open("tiny", 3, 8)
+        counted.executed(Execution(4, 0, 0.5, 0), [0.1], [0.2], 1)
+        counted.show_pending(2, 7)
 
     told = metrics(stores[0])
     assert value(told, "nv_inference_count", **TINY) == 12
+    assert value(told, "nv_inference_pending_request_count", **TINY) == 6
+    assert value(told, "serve_export_queue_rows", **TINY) == 21
     assert value(told, "nv_inference_compute_infer_duration_histogram_us_count", **TINY) == 3
 
 
@@ -251,6 +255,23 @@ def test_processes_are_added_up_under_the_standard_names(children):
     for name in {*together} - {"process_start_time_seconds"}:
         assert together[name] == pytest.approx(sum(one[name] for one in each)), name
     assert together["process_cpu_seconds_total"] > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "machine", "expected"), [(1 << 30, 8 << 30, 1 << 30), (None, 8 << 30, 8 << 30)]
+)
+def test_memory_limit_is_the_lowest_there_is(monkeypatch, limit, machine, expected):
+    monkeypatch.setattr(host, "memory_limit_bytes", lambda: limit)
+    monkeypatch.setattr(host, "memory_bytes", lambda: machine)
+
+    assert value(metrics(Store()), "serve_export_memory_limit_bytes") == expected
+
+
+def test_host_that_does_not_tell_its_memory_has_no_limit(monkeypatch):
+    for name in ("memory_limit_bytes", "memory_bytes"):
+        monkeypatch.setattr(host, name, lambda: None)
+
+    assert b"serve_export_memory_limit_bytes" not in metrics(Store()).text()
 
 
 def test_cpu_time_of_a_process_that_has_ended_is_kept(children):

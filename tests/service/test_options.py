@@ -21,6 +21,7 @@ TEXTS: dict[Any, Any] = {
     int: st.sampled_from(["0", "7", "-3", "12345", "007", "1_000", " 5", "5.0", "many", "1e3"]),
     float: st.sampled_from(["0", "0.5", "-2.25", "30", "1e3", "nan", ".5", "5.", "x"]),
     Path: st.sampled_from(["models", "/a/b", "a b", "."]),
+    Path | str: st.sampled_from(["models", "/a/b", ".", "s3://bucket/models", "file:///a//b"]),
     Path | None: st.sampled_from(["models", "/a/b", "a b", "."]),
 }
 
