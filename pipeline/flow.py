@@ -33,6 +33,7 @@ from service.errors import ServiceError
 
 log = logging.getLogger("pipeline.flow")  # a deployment loads this file under another name
 CONFIG = "config.json"  # every setting of a run, in its folder
+STOPPING = "Stopping temporary server"  # how Prefect words it
 PUBLISHED = "published.json"  # what came of it, beside
 CURVES = "curves.png"
 
@@ -160,6 +161,8 @@ def shield_server() -> None:
     Ctrl-C in a terminal reaches every process of its group; without the server Prefect would wait
     for minutes to tell it that the run has ended.
     """
+    # The last line of a run is its error, or where the bundle is.
+    logging.getLogger("prefect").addFilter(lambda record: STOPPING not in str(record.msg))
     stock = SubprocessASGIServer._run_uvicorn_command
     if getattr(stock, "apart", False):
         return

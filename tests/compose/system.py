@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -64,8 +65,10 @@ class System:
 
     def run(self, *words: str, timeout_s: float = 600) -> str:
         """Run a command on the host, in the project's folder; return what it prints."""
+        ours = Path(sys.executable).with_name(words[0])
+        command = [str(ours) if ours.is_file() else words[0], *words[1:]]
         done = subprocess.run(
-            words, cwd=ROOT, env=os.environ | self.environment, stdin=subprocess.DEVNULL,
+            command, cwd=ROOT, env=os.environ | self.environment, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
         said = f"{' '.join(words)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"

@@ -186,13 +186,13 @@ def test_down_and_up_again_keeps_models_and_history(system):
     ("mount", "word"),
     [
         ("type=tmpfs,destination=/models,tmpfs-size=1m,tmpfs-mode=1777", "No space left on device"),
-        ("type=volume,destination=/models,readonly", "Read-only file system"),
+        ("type=volume,source={name}_models,destination=/models,readonly", "Read-only file system"),
     ],
 )
 def test_a_volume_that_is_full_or_read_only_is_one_clear_error(system, mount, word):
     done = subprocess.run(
         ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp:mode=1777", "--tmpfs",
-         "/runs:mode=1777", "--tmpfs", "/cache:mode=1777", "--mount", mount,
+         "/runs:mode=1777", "--tmpfs", "/cache:mode=1777", "--mount", mount.format(name=system.name),
          "train-export/pipeline:local", "train-export", "run", "--preset", "smoke", "--models",
          "/models", "--runs", "/runs"],
         capture_output=True, text=True, check=False, timeout=900,
@@ -200,6 +200,6 @@ def test_a_volume_that_is_full_or_read_only_is_one_clear_error(system, mount, wo
 
     assert done.returncode == 1, done.stderr[-2000:]
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: "), last
+    assert last.startswith("error: "), done.stderr[-3000:]
     assert word in last
     assert "Traceback" not in done.stderr
