@@ -161,11 +161,11 @@ def shield_server() -> None:
     Ctrl-C in a terminal reaches every process of its group; without the server Prefect would wait
     for minutes to tell it that the run has ended.
     """
-    # The last line of a run is its error, or where the bundle is.
-    logging.getLogger("prefect").addFilter(lambda record: STOPPING not in str(record.msg))
     stock = SubprocessASGIServer._run_uvicorn_command
     if getattr(stock, "apart", False):
         return
+    # The last line of a run is its error, or how to ask the model.
+    logging.getLogger("prefect").addFilter(lambda record: STOPPING not in str(record.msg))
 
     def start(server: SubprocessASGIServer) -> Any:  # noqa: ANN401  as Prefect has it
         popen = subprocess.Popen

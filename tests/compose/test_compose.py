@@ -190,9 +190,10 @@ def test_down_and_up_again_keeps_models_and_history(system):
     ],
 )
 def test_a_volume_that_is_full_or_read_only_is_one_clear_error(system, mount, word):
+    mount = mount.format(name=system.name)
     done = subprocess.run(
         ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp:mode=1777", "--tmpfs",
-         "/runs:mode=1777", "--tmpfs", "/cache:mode=1777", "--mount", mount.format(name=system.name),
+         "/runs:mode=1777", "--tmpfs", "/cache:mode=1777", "--mount", mount,
          "train-export/pipeline:local", "train-export", "run", "--preset", "smoke", "--models",
          "/models", "--runs", "/runs"],
         capture_output=True, text=True, check=False, timeout=900,
