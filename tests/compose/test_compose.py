@@ -8,6 +8,7 @@ import pytest
 
 from tests.compose.load import MODEL, Load
 from tests.compose.system import RECOVER_S, ROOT, until
+from tests.deploy.observability import ENVOY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ALWAYS = {
@@ -120,6 +121,9 @@ def test_prometheus_scrapes_every_replica(system):
     rules = system.get("PROMETHEUS_PORT", "/api/v1/rules")["data"]["groups"]
     assert any(rule["type"] == "alerting" for group in rules for rule in group["rules"])
     assert all(rule["health"] == "ok" for group in rules for rule in group["rules"])
+    for name in sorted(ENVOY):
+        found = system.get("PROMETHEUS_PORT", f"/api/v1/query?query={name}")
+        assert found["data"]["result"], f"Envoy has no {name}"
 
 
 def test_a_run_from_the_host_is_swapped_in_under_load_without_a_failed_request(system):
