@@ -4,10 +4,15 @@ set -eu
 /opt/build/bin/uv pip install --quiet --no-deps /wheel/*.whl
 /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/venv/sbom.json /opt/venv
 site=$(echo /opt/venv/lib/python3*/site-packages)
-mkdir /ours
+mkdir -p /ours/opt/venv/bin
+cd "$site"
+set -- "$@" train_export-*.dist-info
 for package in "$@"; do
-    /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash "$site/$package"
-    cp -a --parents "$site/$package" /ours
+    /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash "$package"
 done
-cp -a --parents "$site"/train_export-*.dist-info /opt/venv/bin/serve-export /opt/venv/sbom.json /ours
-case " $* " in *" pipeline "*) cp -a --parents /opt/venv/bin/train-export /ours ;; esac
+mkdir -p "/ours$site"
+cp -a "$@" "/ours$site"
+cd /opt/venv
+cp -a sbom.json /ours/opt/venv
+cp -a bin/serve-export /ours/opt/venv/bin
+[ ! -e "/ours$site/pipeline" ] || cp -a bin/train-export /ours/opt/venv/bin
