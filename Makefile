@@ -31,7 +31,7 @@ run: $(STAMP) ## train, export, prove parity, publish and serve once: the whole 
 .PHONY: test
 test: $(STAMP) $(STRANGERS) $(KSERVE) ## the whole test suite but compose, with coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --ignore=tests/compose
+	$(BIN)/coverage run -m pytest --ignore=tests/compose --durations=25
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
