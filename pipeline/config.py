@@ -2,12 +2,12 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
 
@@ -15,6 +15,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # as numpy takes them
 ONNX = r"onnx-(float32|float16|int8)"
 TFLITE = r"tflite-(float32|float16|dynamic-range|int8|int16x8)"
 ServedName = Annotated[str, Field(pattern=rf"^(best|{ONNX})$")]
@@ -24,7 +25,7 @@ NETWORKS = (  # of pipeline.models, which takes TensorFlow to import
     "small", "accurate",
 )  # fmt: skip
 Network = Annotated[str, Field(pattern=rf"^({'|'.join(NETWORKS)}|[\w.]+:\w+)$")]
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class DataConfig:
     colour: Literal["auto", "gray", "rgb"] = "auto"  # of pictures; auto: gray if all of them are
     test_share: Share = 0.2  # of each class, where the source has no test rows of its own
     validation_share: Share = 0.2  # of the training rows, the same share of every class
-    split_seed: Whole = 42
+    split_seed: Seed = 42
     max_train_rows: Count | None = None  # None: all of them
 
 
@@ -67,7 +68,9 @@ class TrainingConfig:
     architecture: Network = (
         "conv10-dropout"  # as `train-export models` lists them, or module:function
     )
-    architecture_settings: dict[str, Any] = field(default_factory=dict)  # what that function takes
+    architecture_settings: dict[str, JsonValue] = field(
+        default_factory=dict
+    )  # what that function takes
     engine: Literal["fit", "tape"] = "fit"  # Keras' own loop, or ours with tf.GradientTape
     epochs: Count = 10
     batch_rows: Count = 128
@@ -85,7 +88,7 @@ class TrainingConfig:
     shards: Count = 1  # pieces of a batch that are computed at the same time, a core each
     xla: bool = False
     mixed_precision: bool = False  # 16 bits between layers, where this GPU or CPU is faster so
-    seed: Whole = 42
+    seed: Seed = 42
     checkpoint_every_s: Positive = 300.0  # besides one at the end of every epoch
     keep: Count = 2  # how many of the last checkpoints; the best one is kept besides
     fresh: bool = False  # forget the checkpoints of an earlier run of the same settings
@@ -121,7 +124,9 @@ class PublishConfig:
     __pydantic_config__ = STRICT
 
     models: Path = Path("models")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "fashion-mnist"
+    name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = (
+        "fashion-mnist"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +256,8 @@ def build(preset: str, *layers: Tables) -> Config:
     Args:
         preset: one of `PRESETS`.
         layers: tables named as the fields of `Config`, such as {"training": {"epochs": 2}};
-            paths in them are relative to the current folder.
+            paths in them are relative to the current folder. A preset in one of them is what
+            `preset_of` finds.
 
     Raises:
         ConfigError: there is no such preset or setting, or a value cannot work.
@@ -260,7 +266,7 @@ def build(preset: str, *layers: Tables) -> Config:
         raise ConfigError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     merged: dict[str, Any] = SCHEMA.dump_python(PRESETS[preset]())
     for layer in layers:
-        _merge(merged, layer)
+        _merge(merged, {key: value for key, value in layer.items() if key != "preset"})
     try:
         config = SCHEMA.validate_python(merged)
     except ValidationError as error:
@@ -272,6 +278,12 @@ def build(preset: str, *layers: Tables) -> Config:
         data=replace(config.data, source=source.absolute() if source else None),
         publishing=replace(config.publishing, models=config.publishing.models.absolute()),
     )
+
+
+def preset_of(layers: Sequence[Tables]) -> str:
+    """Return the preset that the last of some layers names, else quick."""
+    named = [str(layer["preset"]) for layer in layers if "preset" in layer]
+    return named[-1] if named else "quick"
 
 
 def options(**values: Any) -> dict[str, Any]:  # noqa: ANN401  what settings are
@@ -295,8 +307,8 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
 
 
@@ -313,7 +325,7 @@ def single(assignment: str) -> dict[str, Any]:
         raise ConfigError(f"{assignment!r} has no =, expected SECTION.NAME=VALUE")
     try:
         found = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         found = value
     tables: Any = found
     for part in reversed(name.strip().split(".")):

@@ -313,6 +313,7 @@ class Shadow:
         inputs, outputs = rows.inputs[: self._left], rows.outputs[: self._left]
         try:
             figures = _figures(self._originals.of(rows, replica.client), inputs, outputs)
+            judged = figures.rows
         except (ShadowError, ServerError) as error:
             # The server may have left meanwhile, or the version: neither is worth a word.
             if not isinstance(error, ServerError) or error.code not in AGAIN | STALE:
@@ -322,8 +323,9 @@ class Shadow:
             self._left -= len(inputs)
         version = self._versions[replica].setdefault(key, _Version())
         version.dropped = rows.dropped
-        version.unjudged += len(inputs)
-        agreement.add(version.unreported, figures)
+        version.unjudged += judged
+        if judged:
+            agreement.add(version.unreported, figures)
 
     def _refuse(self, replica: Replica, key: Key, error: ShadowError | ServerError) -> None:
         """Say that a version is not shadowed for a while; raise it to who waits for rows.
@@ -426,12 +428,25 @@ def _figures(
 ) -> parity_pb2.ShadowFigures:
     """Have rows answered by the original, and count what both answers have in common.
 
+    Of floats a client may send any: rows that the original has no finite answer to say nothing of
+    parity and are left out, and answers larger than the test set's are held to their own size.
+
     Raises:
         ShadowError: the original does not take such rows, or gives others.
     """
     try:
+        reference = original.answer(inputs)
+        if np.issubdtype(inputs.dtype, np.floating) and reference.shape == outputs.shape:
+            usual = np.isfinite(reference).reshape(len(reference), -1).all(axis=1)
+            inputs, outputs, reference = inputs[usual], outputs[usual], reference[usual]
+            if not len(inputs):
+                return parity_pb2.ShadowFigures()
+            sizes = np.abs(reference.reshape(len(reference), -1).astype(np.float64)).max(axis=1)
+            shares = np.maximum(1.0, sizes / original.allowed.scale)
+            shares = shares.reshape(-1, *[1] * (reference.ndim - 1))
+            reference, outputs = reference / shares, outputs / shares
         return agreement.figures(
-            original.answer(inputs),
+            reference,
             outputs,
             inputs,
             allowed=original.allowed,

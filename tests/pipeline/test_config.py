@@ -93,6 +93,43 @@ def test_one_setting_is_read_as_a_file_would_say_it(assignment, tables):
     assert config.single(assignment) == tables
 
 
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("training.learning_rate=inf", "training.learning_rate is inf: "),
+        ("gate.max_loss=nan", "gate.max_loss is nan: "),
+        ("training.seed=4294967296", "training.seed is 4294967296: "),
+        (f"publishing.name={'n' * 101}", "publishing.name is "),
+        ("training.architecture_settings.width=1979-05-27", "training.architecture_settings"),
+    ],
+)
+def test_what_would_fail_only_later_is_refused(assignment, sentence):
+    with pytest.raises(ConfigError) as caught:
+        config.build("smoke", config.single(assignment))
+
+    assert str(caught.value).startswith(sentence)
+
+
+def test_the_last_file_or_value_that_names_a_preset_chooses_it():
+    layers = [{"preset": "line"}, {"preset": "accurate", "runs": "/elsewhere"}]
+
+    assert config.preset_of([]) == "quick"
+    assert config.preset_of(layers) == "accurate"
+    assert config.build("accurate", *layers).preset == "accurate"
+    assert config.build("accurate", *layers).runs == Path("/elsewhere")
+
+
+def test_depth_without_end_is_refused_and_a_byte_order_mark_is_not(tmp_path):
+    file = tmp_path / "deep.toml"
+    file.write_text(f"x = {'[' * 5000}")
+
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        config.read(file)
+    assert config.single(f"x={'[' * 5000}") == {"x": "[" * 5000}
+    file.write_bytes(b"\xef\xbb\xbfruns = 'here'")
+    assert config.read(file) == {"runs": "here"}
+
+
 def test_a_setting_without_a_value_is_refused():
     with pytest.raises(
         ConfigError, match=r"'training\.epochs' has no =, expected SECTION.NAME=VALUE"

@@ -1002,3 +1002,21 @@ def test_what_every_address_cannot_be_had_with_is_said(bundled, options, sentenc
 
     assert other.returncode == 1
     assert sentence in said
+
+
+def test_rows_of_floats_are_judged_by_the_size_of_their_own_answers():
+    def twice(rows):
+        with np.errstate(over="ignore"):
+            return rows * np.float32(2)
+
+    original = shadow.Original(twice, BUDGET, classes=False)
+    inputs = np.array([[1], [np.nan], [np.inf], [3e38], [1e9]], np.float32)
+    served = np.array([[2], [np.nan], [np.inf], [np.inf], [2e9 + 200]], np.float32)
+
+    found = shadow._figures(original, inputs, served)
+
+    assert found.rows == 2  # to the others the original itself has no finite answer
+    assert found.max_logit < BUDGET.max_logit
+    assert shadow._figures(original, inputs[1:3], served[1:3]).rows == 0
+    served[0] = np.nan
+    assert shadow._figures(original, inputs, served).max_logit == np.inf
