@@ -57,7 +57,8 @@ def write_model(folder: Path, number: int, save: Callable[[Path], object]) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"model-{number:04}.keras"
     partial = folder / f"{PARTIAL}{path.name}"
-    save(partial)
+    with files.naming(path):
+        save(partial)
     files.sync(partial)
     partial.replace(path)
     return path
@@ -83,7 +84,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"state-{len(history):04}-{step:06}.npz"
     partial = folder / f"{PARTIAL}{path.name}"
-    np.savez(partial, *arrays)
+    with files.naming(path):
+        np.savez(partial, *arrays)
     files.sync(partial)
     partial.replace(path)
     record = {

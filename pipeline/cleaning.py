@@ -1,20 +1,21 @@
 """Remove old versions and the folders of old runs.
 
-Never what an alias names, nor a model's newest version, nor what a run is working in. A version
-goes by one rename, so that a server sees it whole or not at all, and its number stays taken.
+Never what an alias names, nor a model's newest version, nor what a run is working in, nor what is
+a link or no version or run at all. A version goes by one rename, so that a server sees it whole or
+not at all, and its number stays taken.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import files, results, status
 from pipeline.errors import BusyError
-from service import aliases
+from service import aliases, bundle
 from service.errors import ServiceError
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def clean(models: Path, runs: Path, *, keep: int, dry_run: bool = False) -> list
         models: folder of the bundles.
         runs: folder of the runs.
         keep: how many of each model's versions, and of its runs, stay; at least 1.
-        dry_run: only say what would go.
+        dry_run: only say what would go; nothing is written, no lock either.
 
     Returns:
         What went, or would.
@@ -47,7 +48,7 @@ def clean(models: Path, runs: Path, *, keep: int, dry_run: bool = False) -> list
         OSError: something cannot be removed; what went before it is gone.
     """
     return [
-        *(one for home in status.homes(models) for one in _versions(home, keep, dry_run)),
+        *(one for home in _own(status.homes(models)) for one in _versions(home, keep, dry_run)),
         *_runs(runs, keep, dry_run),
         *_results(runs, dry_run),
     ]
@@ -56,10 +57,7 @@ def clean(models: Path, runs: Path, *, keep: int, dry_run: bool = False) -> list
 def _versions(home: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
     with ExitStack() as held:
         try:
-            held.enter_context(files.locked(home / PROMOTING, wait=False))
-            held.enter_context(files.locked(home / LOCK, wait=True))
-            held.enter_context(aliases.changing(home))  # none may move to what goes
-            named = set(aliases.read(home).values())
+            named = held.enter_context(_named(home, dry_run))
         except BusyError:
             log.warning("%s is left as it is: a version of it is being promoted", home)
             return
@@ -67,8 +65,9 @@ def _versions(home: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
             log.warning("%s is left as it is, since nobody knows what it names: %s", home, error)
             return
         for left in home.glob(f"{REMOVING}*"):  # by a command that was stopped
-            yield _removed(left, dry_run)
-        for path in status.numbered(home)[keep:]:
+            if bundle.VERSION.fullmatch(left.name.removeprefix(REMOVING)):
+                yield _removed(left, dry_run)
+        for path in _own(status.numbered(home))[keep:]:
             if int(path.name) in named:
                 continue
             size = _size(path)
@@ -79,18 +78,46 @@ def _versions(home: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
             yield Removed(path, size)
 
 
+@contextmanager
+def _named(home: Path, dry_run: bool) -> Iterator[set[int]]:
+    """Give the versions that aliases name, and keep them from moving to what goes."""
+    with ExitStack() as held:
+        held.enter_context(_alone(home / PROMOTING, dry_run))
+        if not dry_run:
+            held.enter_context(files.locked(home / LOCK, wait=True))
+            held.enter_context(aliases.changing(home))
+        yield set(aliases.read(home).values())
+
+
 def _runs(runs: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
     of_model: dict[str, int] = {}
-    for path in sorted(status.run_folders(runs), key=status.changed_s, reverse=True):
+    for path in sorted(_own(status.run_folders(runs)), key=status.changed_s, reverse=True):
         name = _model_of(path)
         of_model[name] = of_model.get(name, 0) + 1
         if of_model[name] <= keep:
             continue
         try:
-            with files.locked(path / status.LOCK, wait=False):
+            with _alone(path / status.LOCK, dry_run):
                 yield _removed(path, dry_run)
         except BusyError:
             log.warning("%s is left as it is: a run is working in it", path)
+
+
+def _own(paths: Iterable[Path]) -> list[Path]:
+    """Leave out links: what they lead to belongs elsewhere."""
+    return [path for path in paths if not path.is_symlink()]
+
+
+@contextmanager
+def _alone(lock: Path, dry_run: bool) -> Iterator[None]:
+    """Hold a lock; a dry run, which writes nothing, only looks whether it could."""
+    if not dry_run:
+        with files.locked(lock, wait=False):
+            yield
+    elif files.is_locked(lock):
+        raise BusyError(f"{lock.parent} is in use")
+    else:
+        yield
 
 
 def _model_of(run: Path) -> str:
@@ -111,7 +138,7 @@ def _results(runs: Path, dry_run: bool) -> Iterator[Removed]:
 
 def _removed(path: Path, dry_run: bool) -> Removed:
     found = Removed(path, _size(path))
-    if not dry_run and path.is_dir():
+    if not dry_run and path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif not dry_run:
         path.unlink()
@@ -119,4 +146,6 @@ def _removed(path: Path, dry_run: bool) -> Removed:
 
 
 def _size(path: Path) -> int:
-    return sum(one.stat().st_size for one in (path, *path.rglob("*")) if one.is_file())
+    """Count what goes with a path: of a link, nothing that it leads to."""
+    inside = () if path.is_symlink() else path.rglob("*")
+    return sum(one.lstat().st_size for one in (path, *inside) if one.is_symlink() or one.is_file())

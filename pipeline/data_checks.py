@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import duplicates
+from pipeline import duplicates, files
 from pipeline.errors import DatasetError
 from pipeline.splits import Found, Positions, Split
 
@@ -42,8 +42,22 @@ def refuse(found: Found) -> None:
         raise DatasetError(
             f"all {len(train.inputs)} training rows are the same; there is nothing to learn"
         )
+    refuse_names(found.labels)
     if train.targets.ndim == 1:
         _refuse_classes(found)
+
+
+def refuse_names(labels: Sequence[str]) -> None:
+    """Refuse names of classes that no manifest can hold.
+
+    Raises:
+        DatasetError: says which.
+    """
+    strange = [files.shown(one) for one in labels if one != files.shown(one)]
+    if strange:
+        raise DatasetError(
+            f"the names of classes are not UTF-8: {_some(strange)}; give these other names"
+        )
 
 
 def _refuse_classes(found: Found) -> None:
@@ -74,7 +88,7 @@ def findings(found: Found, train: Positions, validation: Positions) -> list[str]
         train: positions among the rows of `found.train` of those that are trained on.
         validation: of those that are validated on.
     """
-    said = list(found.findings)
+    said = [files.shown(one) for one in found.findings]  # they may name files
     if np.array_equal(train, validation):
         said.append(
             "the training rows are also the validation rows: validation says nothing about new ones"

@@ -45,6 +45,7 @@ LINE = "line"
 ABOUT = "dataset.json"  # written last; a folder without it is not whole
 NAMES = "labels.txt"  # beside IDX files: the classes' names, one a line
 MAX_EXAMPLES = 20
+MAX_LETTERS = 60  # of a file's name; one of four bytes each stays below the 255 bytes it may have
 Pair = tuple[ArrayLike, ArrayLike]
 
 
@@ -74,7 +75,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
     key = _key(kind, _content(source), config)
     folder = _folder(home, name, key)
     if not _is_whole(folder):
-        log.info("reading %s from %s", kind, source)
+        log.info("reading %s from %s", kind, files.shown(source))
         read = {"idx": _idx, "npz": npz.read, "pictures": picture_folder.read}[kind]
         _keep(_named(read(source, config)), folder)
     return _from_cache(folder, name, config)
@@ -160,7 +161,7 @@ def load(dataset: Dataset) -> Splits:
 
 def file_stem(label: str) -> str:
     """Return what the example of a class is called, without its suffix."""
-    return re.sub(r"\W+", "-", label.lower()).strip("-")
+    return re.sub(r"\W+", "-", label.lower()).strip("-")[:MAX_LETTERS].strip("-")
 
 
 def write_examples(dataset: Dataset, folder: Path) -> Path:
@@ -197,7 +198,7 @@ def _kind(config: DataConfig) -> str:
         return config.kind
     if source is None:
         return "fashion-mnist"
-    if source.suffix == ".npz":
+    if source.suffix.lower() == ".npz":
         return "npz"
     if source.is_dir() and picture_folder.is_one(source):
         return "pictures"
@@ -209,10 +210,10 @@ def _there(config: DataConfig, kind: str) -> Path:
     if source is None:
         raise DatasetError(f"data.kind is {kind}, expected data.source as well: where they are")
     if not source.exists():
-        raise DatasetError(f"{source} is not there, expected the {kind} data")
+        raise DatasetError(f"{files.shown(source)} is not there, expected the {kind} data")
     if source.is_dir() == (kind == "npz"):
         expected = "a file" if kind == "npz" else "a folder"
-        raise DatasetError(f"{source} cannot be {kind} data, expected {expected}")
+        raise DatasetError(f"{files.shown(source)} cannot be {kind} data, expected {expected}")
     return source
 
 
@@ -222,7 +223,8 @@ def _home(cache: Path | None) -> Path:
 
 def _folder(home: Path, name: str, key: str) -> Path:
     """Name a folder for people by its name, and for us by its key."""
-    return home / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-') or 'data'}-{key[:12]}"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:MAX_LETTERS]
+    return home / f"{stem or 'data'}-{key[:12]}"
 
 
 def _key(kind: str, content: str, config: DataConfig) -> str:
@@ -245,7 +247,7 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
+        raise DatasetError(f"{files.shown(path)} cannot be read: {error.strerror}") from error
 
 
 def _idx(folder: Path, _: DataConfig) -> Found:
@@ -258,9 +260,9 @@ def _idx(folder: Path, _: DataConfig) -> Found:
     )
     path = folder / NAMES
     try:
-        labels = tuple(path.read_text("utf-8").split("\n")) if path.is_file() else ()
+        labels = tuple(path.read_text("utf-8-sig").split("\n")) if path.is_file() else ()
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
+        raise DatasetError(f"{files.shown(path)} cannot be read: {error}") from error
     return Found(train, test, tuple(one.strip() for one in labels if one.strip()))
 
 
@@ -303,11 +305,17 @@ def _encoded(found: Found) -> dict[str, bytes]:
 
 def _keep(found: Found, folder: Path) -> None:
     """Write the files into a hidden folder and show it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DatasetError(
+            f"{folder.parent} cannot be the cache's folder, a file is in its place; move it away"
+        ) from error
     hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, content in _encoded(found).items():
-            (hidden / name).write_bytes(content)
+            with files.naming(hidden / name):
+                (hidden / name).write_bytes(content)
         about = {"sha256": _digest(hidden), "labels": found.labels, "findings": found.findings}
         (hidden / ABOUT).write_text(json.dumps(about), "utf-8")
         files.sync_tree(hidden)
@@ -321,14 +329,21 @@ def _keep(found: Found, folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Tell whether a folder holds what was kept; one that does not is named and removed."""
+    """Tell whether a folder holds what was kept; one that does not is named and removed.
+
+    Raises:
+        DatasetError: a file or a link is in its place, which is for its owner to remove.
+    """
     if not folder.exists():
         return False
-    try:
-        if json.loads((folder / ABOUT).read_bytes())["sha256"] == _digest(folder):
+    with suppress(OSError, ValueError, KeyError, TypeError, DatasetError):
+        about = json.loads((folder / ABOUT).read_bytes())
+        if about["sha256"] == _digest(folder) and all(
+            _is_strings(about[key]) for key in ("labels", "findings")
+        ):
             return True
-    except (OSError, ValueError, KeyError, TypeError, DatasetError):
-        pass
+    if folder.is_symlink() or not folder.is_dir():
+        raise DatasetError(f"{folder} is a file or a link, expected a folder; move it away")
     log.warning("%s is damaged; it is made again", folder)
     shutil.rmtree(folder)
     return False
@@ -336,6 +351,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _from_cache(folder: Path, name: str, config: DataConfig) -> Dataset:
     about: dict[str, Any] = json.loads((folder / ABOUT).read_bytes())
+    data_checks.refuse_names(about["labels"])
     return _described(folder, name, tuple(about["labels"]), tuple(about["findings"]), config)
 
 
@@ -355,7 +371,7 @@ def _described(
             f"of {len(found.train.targets)}; raise it, or set 0 to validate on the training rows"
         )
     described = Dataset(
-        name=name,
+        name=files.shown(name),
         folder=folder,
         sha256=_digest(folder),
         license=fashion_mnist.LICENSE if folder.name == fashion_mnist.NAME else "",
@@ -380,7 +396,9 @@ def _findings(dataset: Dataset, found: Found) -> tuple[str, ...]:
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = dataset.folder / f"findings-{key[:12]}.json"
     with suppress(OSError, ValueError):
-        return tuple(map(str, json.loads(path.read_bytes())))
+        kept = json.loads(path.read_bytes())
+        if _is_strings(kept):
+            return tuple(kept)
     split_by = DataConfig(
         validation_share=dataset.validation_share,
         split_seed=dataset.split_seed,
@@ -390,6 +408,10 @@ def _findings(dataset: Dataset, found: Found) -> tuple[str, ...]:
     with suppress(OSError):  # it is only slower without
         files.write_whole(path, json.dumps(said).encode())
     return said
+
+
+def _is_strings(value: Any) -> bool:  # noqa: ANN401  as JSON has it
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _read(folder: Path, labels: tuple[str, ...]) -> Found:

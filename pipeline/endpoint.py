@@ -1,25 +1,45 @@
 """Reach a server that somebody else has started."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import ConfigError
 from service.client import Client, Tls
 
 TOKEN = "SERVE_EXPORT_TOKEN"  # as serve-export's own commands  # noqa: S105
+ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+):(?P<port>[0-9]{1,5})")
+LARGEST_PORT = 65535
+UNIX = "unix:"
 CHANNELS = 4  # behind a balancer of connections, several servers are asked
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server or balancer, and what it asks for; the token itself is never among these."""
+    """A server or balancer, and what it asks for; the token itself is never among these.
 
-    address: str  # HOST:PORT
+    Raises:
+        ConfigError: the address cannot be one.
+    """
+
+    address: str  # HOST:PORT, or unix:PATH
     tls: bool = False
     tls_ca: Path | None = None  # who may have signed its certificate; None: who the system trusts
     tls_cert: Path | None = None  # our own, with its key, for a server that asks for one
     tls_key: Path | None = None
     token_file: Path | None = None  # None: the variable SERVE_EXPORT_TOKEN, if it is set
+
+    def __post_init__(self) -> None:
+        """Refuse an address at once that gRPC would look for until time is up."""
+        if self.address.startswith(UNIX) and len(self.address) > len(UNIX):
+            return
+        found = ADDRESS.fullmatch(self.address)
+        if found is None or not 0 < int(found["port"]) <= LARGEST_PORT:
+            raise ConfigError(
+                f"the server is {self.address!r}, expected HOST:PORT with a port from 1 to "
+                f"{LARGEST_PORT} and nothing before it, such as 127.0.0.1:8001"
+            )
 
     def connect(self, channels: int = CHANNELS) -> Client:
         """Return a client.

@@ -95,6 +95,10 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
             publishing__models=models,
         ),
     )
+    servers = [
+        Endpoint(one, tls, as_path(tls_ca), token_file=as_path(token_file))
+        for one in endpoints or []
+    ]
     from pipeline import (  # noqa: PLC0415  TensorFlow
         curves,
         dataset,
@@ -147,10 +151,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     tasks.record_lineage(
         [(prepared.folder, "data"), (trained.path, "model"), (published.path, "bundle")]
     )
-    if endpoints:
-        servers = [
-            Endpoint(one, tls, as_path(tls_ca), token_file=as_path(token_file)) for one in endpoints
-        ]
+    if servers:
         stages.once(promote.promote)(published.path, prepared, servers)
     return str(published.path)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline import arrays, memory
+from pipeline import arrays, files, memory
 from pipeline.config import DataConfig
 from pipeline.errors import DatasetError
 from pipeline.splits import Found, Split, hold_out
@@ -40,8 +40,8 @@ def read(path: Path, config: DataConfig) -> Found:
         train, test = hold_out(_plain(found), config)
     else:
         raise DatasetError(
-            f"{path} has the arrays {', '.join(sorted(found)) or 'of nobody'}; expected "
-            f"{', '.join(KERAS)}, or {' and '.join(PLAIN)}"
+            f"{files.shown(path)} has the arrays {', '.join(sorted(found)) or 'of nobody'}; "
+            f"expected {', '.join(KERAS)}, or {' and '.join(PLAIN)}"
         )
     return Found(train, test, _names(found, path))
 
@@ -57,28 +57,28 @@ def _names(found: dict[str, NDArray[Any]], path: Path) -> tuple[str, ...]:
     names = found[NAMES]
     if names.ndim != 1 or names.dtype.kind != "U":
         raise DatasetError(
-            f"{NAMES} in {path} has shape {list(names.shape)} and dtype {names.dtype}, expected "
-            "one string for each class"
+            f"{NAMES} in {files.shown(path)} has shape {list(names.shape)} and dtype "
+            f"{names.dtype}, expected one string for each class"
         )
     return tuple(map(str, names))
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    wanted = {*KERAS, *PLAIN, NAMES}
+    wanted, shown = {*KERAS, *PLAIN, NAMES}, files.shown(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return {
-                stem: _array(archive, info, f"{stem} in {path}")
+                stem: _array(archive, info, f"{stem} in {shown}")
                 for info in archive.infolist()
                 if (stem := info.filename.removesuffix(".npy")) in wanted
             }
     except DatasetError:
         raise
     except DAMAGED as error:
-        raise DatasetError(f"{path} cannot be read as .npz: {error}") from error
+        raise DatasetError(f"{shown} cannot be read as .npz: {error}") from error
     except Exception as error:
         # Whatever else: neither parser was written for those who mean harm.
-        raise DatasetError(f"{path} cannot be read as .npz") from error
+        raise DatasetError(f"{shown} cannot be read as .npz") from error
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> NDArray[Any]:

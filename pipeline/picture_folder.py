@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import memory, pictures
+from pipeline import files, memory, pictures
 from pipeline.config import DataConfig
 from pipeline.errors import DatasetError
 from pipeline.splits import Found, Split, hold_out
@@ -31,11 +31,11 @@ def read(folder: Path, config: DataConfig) -> Found:
             several sizes and `config` names none.
     """
     labels, parts = _parts(folder)
-    files = [one for part in parts for one in part]
-    images = _images([path for path, _ in files], config)
-    targets = np.array([label for _, label in files])
+    both = [one for part in parts for one in part]
+    images = _images([path for path, _ in both], config)
+    targets = np.array([label for _, label in both])
     targets = targets.astype(np.uint8 if len(labels) <= MOST_IN_A_BYTE else np.int32)
-    left = _left_out(folder, {path for path, _ in files})
+    left = _left_out(folder, {path for path, _ in both})
     if len(parts) == 1:
         train, test = hold_out(Split(images, targets), config)
         return Found(train, test, labels, left)
@@ -61,6 +61,12 @@ def _parts(folder: Path) -> tuple[tuple[str, ...], list[list[tuple[Path, int]]]]
     if not all(home.is_dir() for home in homes):
         homes = [folder]
     labels = tuple(one.name for one in _subfolders(homes[0]))
+    strange = [files.shown(one) for one in labels if one != files.shown(one)]
+    if strange:
+        raise DatasetError(
+            f"{files.shown(homes[0])} has classes whose names are not UTF-8: "
+            f"{', '.join(strange[:SHOWN])}; rename these folders"
+        )
     parts = [_files(home, labels) for home in homes]
     _each_has_some(homes[0], labels, parts[0])
     return labels, parts
@@ -81,8 +87,9 @@ def _files(home: Path, labels: tuple[str, ...]) -> list[tuple[Path, int]]:
     unknown = [one.name for one in _subfolders(home) if one.name not in labels]
     if unknown:
         raise DatasetError(
-            f"{home} has classes that {PARTS[0]} lacks: {', '.join(unknown[:SHOWN])}; add training "
-            "pictures of them, or move them away"
+            f"{files.shown(home)} has classes that {PARTS[0]} lacks: "
+            f"{files.shown(', '.join(unknown[:SHOWN]))}; add training pictures of them, or move "
+            "them away"
         )
     return [(path, at) for at, label in enumerate(labels) for path in _pictures(home / label)]
 
@@ -92,8 +99,9 @@ def _each_has_some(home: Path, labels: tuple[str, ...], found: list[tuple[Path, 
     empty = [label for at, label in enumerate(labels) if at not in there]
     if empty or not labels:
         raise DatasetError(
-            f"{home} has no PNG or JPEG file in {', '.join(empty[:SHOWN]) or 'any subfolder'}; "
-            "expected one subfolder a class with pictures in each"
+            f"{files.shown(home)} has no PNG or JPEG file in "
+            f"{', '.join(empty[:SHOWN]) or 'any subfolder'}; expected one subfolder a class with "
+            "pictures in each"
         )
 
 
@@ -107,7 +115,7 @@ def _images(paths: list[Path], config: DataConfig) -> NDArray[np.uint8]:
         try:
             picture = pictures.read(path, CHANNELS.get(config.colour))
         except DatasetError as error:
-            refusals.append(str(error))
+            refusals.append(files.shown(error))
             continue
         own = picture.height, picture.width
         size = size or own
@@ -126,9 +134,9 @@ def _images(paths: list[Path], config: DataConfig) -> NDArray[np.uint8]:
 
 def _other_size(path: Path, own: tuple[int, int], size: tuple[int, int]) -> str:
     return (
-        f"{path} is {own[0]} x {own[1]} (height x width), those before it are {size[0]} x "
-        f"{size[1]}; set data.size, such as data.size=[{size[0]},{size[1]}], to have pictures made "
-        "to fit"
+        f"{files.shown(path)} is {own[0]} x {own[1]} (height x width), those before it are "
+        f"{size[0]} x {size[1]}; set data.size, such as data.size=[{size[0]},{size[1]}], to have "
+        "pictures made to fit"
     )
 
 
@@ -140,7 +148,7 @@ def _left_out(folder: Path, taken: set[Path]) -> tuple[str, ...]:
     )
     if not left:
         return ()
-    names = ", ".join(str(path.relative_to(folder)) for path in left[:3])
+    names = files.shown(", ".join(str(path.relative_to(folder)) for path in left[:3]))
     return (
         f"files that are no PNG or JPEG of a class were left out: {len(left)}, such as {names}",
     )

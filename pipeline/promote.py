@@ -240,15 +240,23 @@ def _wait(client: Client, address: str, name: str, number: str, ready_s: float) 
     """
     until_s = time.monotonic() + ready_s
     refused_s = None
-    while reasons := [why for _ in range(CHANNELS) if (why := _unready(client, name, number))]:
+    reasons = _reasons(client, name, number)
+    if reasons:
+        log.info("waiting for %s to have %s %s ready", address, name, number)
+    while reasons:
         now_s = time.monotonic()
         refused = next((why for why in reasons if why not in (ABSENT, UNREACHED)), None)
         refused_s = (refused_s or now_s) if refused else None
         if now_s > until_s or (refused_s is not None and now_s > refused_s + REFUSED_S):
             reason = refused or reasons[0]
             raise ServerError(f"{name} {number} is not ready, {reason}", code="UNAVAILABLE")
-        log.info("waiting for %s to have %s %s ready", address, name, number)
         time.sleep(LOOK_S)
+        reasons = _reasons(client, name, number)
+
+
+def _reasons(client: Client, name: str, number: str) -> list[str]:
+    """Return why connections end at servers that have not got the version; one each."""
+    return [why for _ in range(CHANNELS) if (why := _unready(client, name, number))]
 
 
 def _unready(client: Client, name: str, number: str) -> str:

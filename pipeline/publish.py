@@ -50,6 +50,26 @@ TOOLS = (
 
 
 @contextmanager
+def _writing(place: Path, advice: str = "") -> Iterator[None]:
+    """Turn what the system refuses inside the block into one sentence about a folder.
+
+    Raises:
+        PublishError: it cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise PublishError(f"{place} cannot be written to: {_reason(error)}{advice}") from error
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, shutil.Error):  # of a copied folder: (from, to, why) for each file
+        return str(error.args[0][0][2] if isinstance(error.args[0], list) else error)
+    room = ", the disk is full" if error.errno == errno.ENOSPC else ""
+    return f"{error.strerror or error}{room}"
+
+
+@contextmanager
 def staging(config: PublishConfig) -> Iterator[Path]:
     """Give a hidden folder beside the models, and remove it at the end, whatever happened.
 
@@ -57,7 +77,7 @@ def staging(config: PublishConfig) -> Iterator[Path]:
         PublishError: the models' folder cannot be written to.
     """
     with ExitStack() as held:
-        try:
+        with _writing(config.models, "; name another with --models"):
             config.models.mkdir(parents=True, exist_ok=True)
             # One at a time: a folder that is made but not locked yet looks abandoned.
             with files.locked(config.models / LOCK, wait=True):
@@ -65,11 +85,6 @@ def staging(config: PublishConfig) -> Iterator[Path]:
                 folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=config.models))
                 held.callback(shutil.rmtree, folder, ignore_errors=True)
                 held.enter_context(files.locked(folder / LOCK, wait=False))
-        except OSError as error:
-            raise PublishError(
-                f"{config.models} cannot be written to: {error.strerror}; "
-                "name another with --models"
-            ) from error
         yield folder
 
 
@@ -94,21 +109,26 @@ def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
         scores: of the original.
         exports: those that passed go into the bundle.
         checked: parity of every variant.
+
+    Raises:
+        PublishError: `folder` cannot be written to.
     """
     name = config.publishing.name
     number = _next_version(config.publishing.models / name)
     path = folder / name / str(number)
     served = exports.named(checked.served_variant)
-    reports = _copy_passed(exports, checked, path)
-    shutil.copy2(served.path, path / bundle.MODEL)
-    _write_golden(path / bundle.GOLDEN, data, checked)
+    with _writing(folder.parent):
+        reports = _copy_passed(exports, checked, path)
+        shutil.copy2(served.path, path / bundle.MODEL)
+        _write_golden(path / bundle.GOLDEN, data, checked)
     manifest = _manifest(run, config, data, trained, scores, checked)
     manifest.session.CopyFrom(parity.session_options(served.session))
     _add_tensors(manifest, path / bundle.MODEL)
     manifest.name, manifest.version = name, number
     manifest.parity.extend(reports)
     manifest.files.extend(_listed(path))
-    write_manifest(path, manifest)
+    with _writing(folder.parent):
+        write_manifest(path, manifest)
     return Staged(repository=folder, path=path)
 
 
@@ -128,19 +148,15 @@ def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
     if not manifest.served.passed:
         raise PublishError(f"the served model is not to be published: {manifest.served.failure}")
     home = config.models / config.name
-    try:
-        with files.locked(home / LOCK, wait=True):
-            number = _next_version(home)  # another run may have published meanwhile
-            manifest.version = number
-            write_manifest(staged.path, manifest)
-            files.sync_tree(staged.path)
-            files.write_whole(home / LAST, str(number).encode())
-            _write_triton_config(home, manifest)
-            staged.path.rename(home / str(number))  # last: what fails before it publishes nothing
-            files.sync(home)
-    except OSError as error:
-        room = ", the disk is full" if error.errno == errno.ENOSPC else ""
-        raise PublishError(f"{home} cannot be written to: {error.strerror}{room}") from error
+    with _writing(home), files.locked(home / LOCK, wait=True):
+        number = _next_version(home)  # another run may have published meanwhile
+        manifest.version = number
+        write_manifest(staged.path, manifest)
+        files.sync_tree(staged.path)
+        files.write_whole(home / LAST, str(number).encode())
+        _write_triton_config(home, manifest)
+        staged.path.rename(home / str(number))  # last: what fails before it publishes nothing
+        files.sync(home)
     log.info("published %s", home / str(number))
     return Published(path=home / str(number), name=config.name, version=number)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.errors import BusyError
+from pipeline.errors import UsageError
 from protos import bundle_pb2
 from service import aliases, bundle
 from service.errors import ServiceError
@@ -53,18 +53,32 @@ def versions(models: Path) -> list[Version]:
     ]
 
 
+def home(models: Path, name: str) -> Path:
+    """Return the folder of a model in a folder of models, whether it is there or not.
+
+    Raises:
+        UsageError: no model can have this name; a path is none.
+    """
+    if not bundle.NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be a model, expected a name of letters, digits, dots, dashes and "
+            "underscores, such as fashion-mnist; the folder it is in goes with --models"
+        )
+    return models / name
+
+
 def homes(models: Path) -> list[Path]:
     """Return the folders of models that have versions."""
     found = sorted(models.iterdir()) if models.is_dir() else []
-    return [home for home in found if bundle.NAME.fullmatch(home.name) and numbered(home)]
+    return [one for one in found if bundle.NAME.fullmatch(one.name) and numbered(one)]
 
 
 def numbered(home: Path) -> list[Path]:
-    """Return a model's versions, the newest first."""
+    """Return a model's versions, the newest first; a folder without a manifest is none."""
     found = [
         path
         for path in (home.iterdir() if home.is_dir() else ())
-        if bundle.VERSION.fullmatch(path.name)
+        if bundle.VERSION.fullmatch(path.name) and (path / bundle.MANIFEST).is_file()
     ]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
@@ -76,19 +90,16 @@ def runs(folder: Path) -> list[Run]:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Give the folders that runs have worked in."""
+    """Give the folders that runs have worked in: a lock alone may be anybody's."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if (path / LOCK).is_file():
+        left = (path / CONFIG).is_file() or (path / CHECKPOINTS).is_dir()
+        if left and (path / LOCK).is_file():
             yield path
 
 
 def is_busy(run: Path) -> bool:
     """Say whether a run is working in its folder now."""
-    try:
-        with files.locked(run / LOCK, wait=False):
-            return False
-    except BusyError:
-        return True
+    return files.is_locked(run / LOCK)
 
 
 def changed_s(run: Path) -> float:

@@ -28,20 +28,19 @@ def promote(  # noqa: PLR0913  one parameter an option
 
     Example: train-export promote fashion-mnist 3 --endpoint 127.0.0.1:8001
     """
+    from pipeline import status  # noqa: PLC0415  not to print the help
+    from pipeline.endpoint import Endpoint  # noqa: PLC0415
+
     log_plainly()
     with sentences(f"stopped; {models / name}/aliases.json says what the champion is"):
+        path = status.home(models, name) / str(version)
+        servers = [Endpoint(one, tls, tls_ca, token_file=token_file) for one in endpoint]
         with quietly():
             import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
 
-            from pipeline import promote  # noqa: PLC0415  not to print the help
-            from pipeline.endpoint import Endpoint  # noqa: PLC0415
-        path = models / name / str(version)
+            from pipeline import promote  # noqa: PLC0415
         learnt_from = config.learnt_from(bundle.read_manifest(path).training.config, data)
-        record = promote.promote(
-            path,
-            dataset.prepare(learnt_from),
-            [Endpoint(one, tls, tls_ca, token_file=token_file) for one in endpoint],
-        )
+        record = promote.promote(path, dataset.prepare(learnt_from), servers)
     print(f"champion: {name} {version}")
     print(f"record:   {record}")
 
@@ -54,8 +53,11 @@ def rollback(
 
     Example: train-export rollback fashion-mnist
     """
-    with quietly():
-        from pipeline import promote  # noqa: PLC0415  not to print the help
+    from pipeline import status  # noqa: PLC0415  not to print the help
+
     with sentences(f"stopped; {models / name}/aliases.json says what the champion is"):
-        before, now = promote.rollback(models / name)
+        home = status.home(models, name)
+        with quietly():
+            from pipeline import promote  # noqa: PLC0415
+        before, now = promote.rollback(home)
     print(f"champion: {name} {now}, was {before}")

@@ -197,7 +197,8 @@ def test_down_and_up_again_keeps_models_and_history(system):
 def test_a_volume_that_is_full_or_read_only_is_one_clear_error(system, mount, word):
     done = subprocess.run(
         ["docker", "run", "--rm", "--read-only", "--tmpfs=/tmp:mode=1777",
-         "--tmpfs=/runs:uid=10001", "--tmpfs=/cache:uid=10001", mount.format(name=system.name), "train-export/pipeline:local",
+         "--tmpfs=/runs:uid=10001", "--tmpfs=/cache:uid=10001", mount.format(name=system.name),
+         "train-export/pipeline:local",
          "train-export", "run", "--preset", "smoke", "--models", "/models", "--runs", "/runs"],
         capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip

@@ -157,3 +157,17 @@ def test_a_state_of_other_settings_is_refused_by_what_differs(tmp_path):
 
 def test_the_earliest_of_equally_good_epochs_is_the_best():
     assert checkpoint.best(history(0.9, 0.5, 0.5)).number == 2
+
+
+def test_a_full_disk_is_told_with_the_state_that_did_not_fit(tmp_path):
+    (tmp_path / ".partial-state-0000-000007.npz").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/state-0000-000007\.npz'"):
+        save(tmp_path, step=7)
+
+
+def test_a_full_disk_is_told_with_the_model_that_did_not_fit(tmp_path):
+    (tmp_path / ".partial-model-0001.keras").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/model-0001\.keras'"):
+        save(tmp_path, 0.9)

@@ -108,3 +108,67 @@ def test_the_runs_of_one_model_do_not_make_those_of_another_old(models, runs):
     cleaning.clean(models, runs, keep=1)
 
     assert left(runs) == ["a", "c"]
+
+
+def test_folders_that_are_neither_bundles_nor_runs_stay(tmp_path):
+    for number in range(1, 4):
+        photo = tmp_path / "photos" / "2019" / str(number) / "a.jpg"
+        photo.parent.mkdir(parents=True)
+        photo.touch()
+        data = tmp_path / "lib" / f"lists-{number}"
+        data.mkdir(parents=True)
+        (data / "lock").touch()
+        (data / "data").touch()
+
+    assert cleaning.clean(tmp_path / "photos", tmp_path / "lib", keep=1) == []
+    assert len(list(tmp_path.rglob("a.jpg"))) == len(list(tmp_path.rglob("data"))) == 3
+
+
+def test_links_stay_and_count_as_nothing(models, runs, tmp_path):
+    elsewhere = (models / "tiny" / "1").rename(tmp_path / "elsewhere")
+    for link in (models / "tiny" / "1", models / "tiny" / "9"):
+        link.symlink_to(elsewhere)
+    run = (runs / "a").rename(tmp_path / "run")
+    (runs / "a").symlink_to(run)
+    (models / "linked").symlink_to(models / "tiny")
+
+    cleaning.clean(models, runs, keep=1)
+
+    assert left(models / "tiny") == ["1", "2", "5", "9"]
+    assert left(runs) == ["a", "c"]
+    assert (elsewhere / "manifest.json").is_file()
+    assert (run / "lock").is_file()
+
+
+def test_a_link_that_was_hidden_to_be_removed_goes_and_what_it_leads_to_stays(models, runs):
+    hidden = models / "tiny" / ".removing-3"
+    hidden.symlink_to(models / "tiny" / "5")
+    other = models / "tiny" / ".removing-mine"
+    other.mkdir()
+
+    went = cleaning.clean(models, runs, keep=9)
+
+    assert [one.path for one in went] == [hidden]
+    assert not hidden.is_symlink()
+    assert other.is_dir()
+    assert (models / "tiny" / "5" / "manifest.json").is_file()
+
+
+def test_a_dry_run_writes_nothing(models, runs, tmp_path):
+    def everything():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    before = everything()
+    cleaning.clean(models, runs, keep=1, dry_run=True)
+
+    assert everything() == before
+
+
+def test_a_dry_run_leaves_out_what_is_in_use(models, runs):
+    with (
+        files.locked(models / "tiny" / ".promoting", wait=False),
+        files.locked(runs / "a" / "lock", wait=False),
+    ):
+        would = cleaning.clean(models, runs, keep=1, dry_run=True)
+
+    assert [one.path for one in would] == [runs / "b"]

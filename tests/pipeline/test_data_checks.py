@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,7 @@ def test_data_that_are_as_they_should_be_are_neither_refused_nor_remarked_on():
         (found(labels=("cat",)), "a classifier needs two or more"),
         (found(labels=("cat", "cat")), "expected names that all differ"),
         (found(labels=("cat", "")), "expected names that all differ"),
+        (found(labels=("cat", "\ud800")), "not UTF-8: \\ud800; give these other names"),
         (found(labels=("cat", "dog", "cow")), "no training row is of class 2 (cow)"),
         (found(train=Split(images(4), np.array([0, 2, 2, 2])), labels=("0", "1")),
          "no training row is of class 1; expected the classes 0 to 1"),
@@ -148,3 +151,9 @@ def test_numbers_to_come_close_to_are_only_compared_exactly():
         "1 of 1 test rows are training rows too: test row 0 and training row 0",
         "1 of these have another target there: test row 0 and training row 0",
     ]
+
+
+def test_findings_of_the_source_can_be_sent_whatever_files_they_name():
+    odd = replace(found(), findings=("left out: q\udcff.txt",))
+
+    assert findings(odd) == ["left out: q\\udcff.txt"]

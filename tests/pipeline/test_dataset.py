@@ -154,10 +154,13 @@ def test_other_settings_for_pictures_make_another_folder(picture_folder, tmp_pat
     assert dataset.load(second).train.inputs.shape[1:] == (4, 4, 1)
 
 
-@pytest.mark.parametrize("damage", ["dataset.json", "t10k-images-idx3-ubyte"])
+@pytest.mark.parametrize("damage", ["dataset.json", "t10k-images-idx3-ubyte", "no labels"])
 def test_a_damaged_folder_in_the_cache_is_made_again(npz, tmp_path, caplog, damage):
     first = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
-    (first.folder / damage).write_bytes(b"{")
+    if damage == "no labels":
+        (first.folder / "dataset.json").write_text(json.dumps({"sha256": first.sha256}))
+    else:
+        (first.folder / damage).write_bytes(b"{")
 
     assert dataset.prepare(DataConfig(source=npz), tmp_path / "cache") == first
     assert "is damaged; it is made again" in caplog.text
@@ -335,3 +338,73 @@ def test_fashion_mnist_has_no_exact_and_twenty_near_copies_of_training_rows_in_i
     assert len(leaks) == 1
     assert leaks[0].startswith("20 of 10,000 test rows are nearly a training row")
     assert "test row 436 and training row 24633" in leaks[0]
+
+
+def test_a_source_whose_name_is_not_utf8_has_one_that_is(npz, tmp_path):
+    strange = npz.rename(tmp_path / "q\udcff.npz")
+
+    assert dataset.prepare(DataConfig(source=strange), tmp_path / "cache").name == "q\\udcff"
+
+
+def test_names_of_classes_that_are_not_utf8_are_refused_and_not_kept(npz, tmp_path):
+    np.savez(npz, images=X, labels=Y, class_names=["a", "\ud800"])
+
+    assert "not UTF-8: \\ud800" in refusal(DataConfig(source=npz), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_names_that_an_earlier_version_has_kept_are_refused_as_well(npz, tmp_path):
+    about = dataset.prepare(DataConfig(source=npz), tmp_path / "cache").folder / "dataset.json"
+    about.write_text(json.dumps(json.loads(about.read_bytes()) | {"labels": ["a", "\ud800"]}))
+
+    assert "not UTF-8: \\ud800" in refusal(DataConfig(source=npz), tmp_path / "cache")
+
+
+def test_long_names_of_classes_and_data_make_no_long_names_of_files(npz, tmp_path):
+    long = "猫" * 100_000
+    np.savez(npz, images=X, labels=Y, class_names=[f"{long}a", f"{long}b"])
+    config = DataConfig(source=npz, name="n" * 1000)
+
+    prepared = dataset.prepare(config, tmp_path / "cache")
+    folder = dataset.write_examples(prepared, tmp_path / "examples")
+
+    assert {path.stem for path in folder.iterdir()} == {"猫" * 60, f"{'猫' * 60}-1"}
+
+
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_a_file_in_the_place_of_the_cache_is_refused_and_kept(npz, tmp_path, place):
+    where = tmp_path / "cache"
+    if place == "folder":
+        where = dataset.prepare(DataConfig(source=npz), where).folder
+        shutil.rmtree(where)
+    where.write_text("mine")
+
+    said = refusal(DataConfig(source=npz), tmp_path / "cache")
+
+    assert str(where) in said
+    assert said.endswith("move it away")
+    assert where.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kept", ['{"a": 1}', '[1, "a"]', "["])
+def test_findings_that_are_no_list_of_sentences_are_made_again(npz, tmp_path, kept):
+    first = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+    (path,) = first.folder.glob("findings-*.json")
+    path.write_text(kept)
+
+    assert dataset.prepare(DataConfig(source=npz), tmp_path / "cache") == first
+    assert json.loads(path.read_bytes()) == list(first.findings)
+
+
+def test_a_mark_of_byte_order_is_no_part_of_the_first_class(idx_folder, tmp_path):
+    (idx_folder / "labels.txt").write_bytes("even\nodd\n".encode("utf-8-sig"))
+
+    prepared = dataset.prepare(DataConfig(kind="idx", source=idx_folder), tmp_path / "cache")
+
+    assert prepared.labels == ("even", "odd")
+
+
+def test_an_npz_is_one_in_capital_letters_too(npz, tmp_path):
+    source = npz.rename(tmp_path / "SOME.NPZ")
+
+    assert dataset.prepare(DataConfig(source=source), tmp_path / "cache").test_rows == 5

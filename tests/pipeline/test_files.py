@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +67,37 @@ def test_waiting_for_a_lock_ends_when_it_is_given_back(holder, tmp_path):
 
     with files.locked(tmp_path / "lock", wait=True):
         pass
+
+
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(tmp_path):
+    path = tmp_path / "a.json"
+    (tmp_path / ".a.json.partial").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        files.write_whole(path, b"new")
+
+
+def test_a_library_s_own_words_are_told_with_the_file_too(tmp_path):
+    with pytest.raises(OSError, match=rf"^{tmp_path} cannot be written: no room$"):  # noqa: SIM117
+        with files.naming(tmp_path):
+            raise OSError("no room")
+
+
+def test_an_error_that_names_a_file_keeps_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'other'"), files.naming(tmp_path):
+        Path("other").read_bytes()
+
+
+def test_what_is_not_utf8_is_shown_escaped():
+    assert files.shown(Path(os.fsdecode(b"q\xff.txt"))) == "q\\udcff.txt"
+    assert files.shown("猫") == "猫"
+
+
+def test_a_lock_can_be_looked_at_without_making_one(holder, tmp_path):
+    assert files.is_locked(tmp_path / "lock")
+    holder.kill()
+    holder.wait()
+
+    assert not files.is_locked(tmp_path / "lock")
+    assert not files.is_locked(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -116,3 +116,8 @@ def test_a_flipped_byte_is_noticed(path):
     path.write_bytes(content)
 
     assert "cannot be read as .npz: Bad CRC" in refusal(path)
+
+
+def test_a_name_that_is_not_utf8_is_told_escaped(tmp_path):
+    with pytest.raises(DatasetError, match=r"q\\udcff\.npz cannot be read as \.npz"):
+        npz.read(tmp_path / "q\udcff.npz", DataConfig())

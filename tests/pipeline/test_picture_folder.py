@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -122,3 +124,26 @@ def test_a_folder_is_one_of_pictures_by_what_is_in_its_subfolders(folder, tmp_pa
 
     assert picture_folder.is_one(folder)
     assert not picture_folder.is_one(tmp_path / "other")
+
+
+STRANGE = os.fsdecode(b"q\xff")  # of a system with another encoding
+
+
+def test_names_of_files_that_are_not_utf8_are_told_escaped(folder):
+    (folder / "dark" / f"{STRANGE}.txt").touch()
+
+    (said,) = picture_folder.read(folder, DataConfig()).findings
+
+    assert said.endswith("such as dark/q\\udcff.txt")
+    save(folder / "light" / f"{STRANGE}.png", size=(9, 5))
+    assert "q\\udcff.png is 5 x 9" in refusal(folder)
+    (folder / "light" / f"{STRANGE}.png").write_bytes(b"no picture")
+    assert "q\\udcff.png" in refusal(folder)
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused_at_a_look(folder):
+    (folder / "dark").rename(folder / STRANGE)
+
+    assert "classes whose names are not UTF-8: q\\udcff; rename these folders" in refusal(folder)
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        picture_folder.verify(folder, DataConfig())

@@ -309,13 +309,15 @@ def test_a_slower_server_behind_a_balancer_is_waited_for(publish, tmp_path):
     assert aliases.read(path.parent) == {"champion": 2}
 
 
-def test_a_version_that_no_server_has_is_waited_for_and_then_refused(publish, tmp_path):
+def test_a_version_that_no_server_has_is_waited_for_and_then_refused(publish, tmp_path, caplog):
+    caplog.set_level("INFO")
     path = publish(2, striped=1.0)
     publish(1, root=tmp_path / "elsewhere")
     with served(tmp_path / "elsewhere") as endpoint:
         said = refusal(path, [endpoint], ready_s=1.0)
 
     assert "tiny 2 is not ready, it is not in the folder that is served there" in said
+    assert caplog.text.count("waiting for") == 1
     assert aliases.read(path.parent) == {}
 
 

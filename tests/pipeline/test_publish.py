@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -318,3 +319,28 @@ def test_a_changed_checkout_is_marked(tmp_path):
 
     assert re.fullmatch("[0-9a-f]{40}", clean)
     assert publish.git_commit(tmp_path) == f"{clean}+"
+
+
+def test_a_disk_that_is_full_while_staging_is_one_sentence(stage, settings, monkeypatch):
+    copied = shutil.copyfile
+
+    def full(source, target, **options):
+        copied(source, target, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with publish.staging(settings.publishing) as folder, pytest.raises(PublishError) as caught:
+        stage(folder)
+
+    said = str(caught.value)
+    assert said.startswith(f"{settings.publishing.models} cannot be written to: No space left on")
+
+
+def test_of_a_folder_that_cannot_be_copied_the_first_reason_is_told(tmp_path):
+    failed = shutil.Error([("a", "b", "No space left on device"), ("c", "d", "another")])
+
+    with (
+        pytest.raises(PublishError, match=r"cannot be written to: No space left on device$"),
+        publish._writing(tmp_path),
+    ):
+        raise failed

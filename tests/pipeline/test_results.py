@@ -78,18 +78,8 @@ def test_what_is_in_a_folder_to_write_into_is_not_part_of_the_key(trained, tmp_p
     assert key(trained, folder=folder) == before
 
 
-def test_a_stage_s_code_is_all_of_ours_that_it_imports_directly_or_not():
-    found = {str(path.relative_to(results.ROOT)) for path in results.sources("pipeline.parity")}
-
-    assert {"pipeline/parity.py", "service/session.py", "service/errors.py"} <= found
-    assert "pipeline/flow.py" not in found
+def test_stages_that_import_different_code_of_ours_have_different_digests_of_code():
     assert results.code_sha256("pipeline.parity") != results.code_sha256("pipeline.publish")
-
-
-def test_of_a_package_that_may_choose_by_name_every_module_counts():
-    found = {path.name for path in results.sources("pipeline.models")}
-
-    assert "conv10.py" in found
 
 
 def test_a_record_comes_back_equal_with_every_path_and_tuple(trained, variant):

@@ -1,6 +1,9 @@
 import json
 
+import pytest
+
 from pipeline import files, status
+from pipeline.errors import UsageError
 from service import aliases
 
 
@@ -97,3 +100,27 @@ def test_a_run_says_what_came_of_it(tmp_path):
     assert state() == "published fashion-mnist 4"
     with files.locked(folder / "lock", wait=False):
         assert state() == "running"
+
+
+def test_a_folder_without_a_manifest_is_no_version_and_one_with_a_lock_alone_no_run(tmp_path):
+    (tmp_path / "photos" / "2019" / "1").mkdir(parents=True)
+    (tmp_path / "lib" / "lists").mkdir(parents=True)
+    (tmp_path / "lib" / "lists" / "lock").touch()
+
+    assert status.versions(tmp_path / "photos") == []
+    assert status.runs(tmp_path / "lib") == []
+
+
+def test_whether_a_run_is_busy_is_asked_without_writing(tmp_path):
+    folder = add_run(tmp_path, "quick-1")
+    (folder / "lock").unlink()
+
+    assert not status.is_busy(folder)
+    assert not (folder / "lock").exists()
+
+
+@pytest.mark.parametrize("name", ["", "../tiny", "../m/tiny", "/tiny", ".", "..", "a b", "tiny/"])
+def test_a_path_is_no_name_of_a_model(tmp_path, name):
+    with pytest.raises(UsageError, match="cannot be a model, expected a name"):
+        status.home(tmp_path, name)
+    assert status.home(tmp_path, "tiny") == tmp_path / "tiny"

@@ -4,6 +4,8 @@ Those above `SOUND` can be trained, exported and served; the others are refused,
 reason.
 """
 
+import sys
+
 import keras
 import numpy as np
 from keras import layers
@@ -139,6 +141,12 @@ SOUND = {
 }
 
 
+def listed(shape, outputs):
+    """One tensor in a list is one tensor to Keras."""
+    image, x = _scaled(shape)
+    return keras.Model([image], [layers.Dense(outputs)(layers.Flatten()(x))])
+
+
 def numbers(shape, outputs):
     """Two dense layers for numbers, with names of their own."""
     given = keras.Input(shape, name="measured")
@@ -213,6 +221,61 @@ def trusted(shape, outputs):
 
 def raising(shape, outputs):
     raise KeyError("no such colour")
+
+
+def leaving(shape, outputs):
+    sys.exit(0)
+
+
+def interrupted(shape, outputs):
+    raise KeyboardInterrupt
+
+
+def input_in_a_dict(shape, outputs):
+    image, x = _scaled(shape)
+    return keras.Model({"image": image}, layers.Dense(outputs)(layers.Flatten()(x)))
+
+
+def open_input_in_a_dict(shape, outputs):
+    image = keras.Input((None, None, shape[2]), name="image")
+    x = layers.GlobalMaxPooling2D()(image)
+    return keras.Model({"image": image}, layers.Dense(outputs)(x))
+
+
+def output_in_a_dict(shape, outputs):
+    image, x = _scaled(shape)
+    return keras.Model(image, {"y": layers.Dense(outputs)(layers.Flatten()(x))})
+
+
+@keras.saving.register_keras_serializable("odd_nets")
+class Telling(Subclassed):
+    def call(self, x):
+        return {"a": super().call(x)}
+
+
+def subclassed_to_a_dict(shape, outputs):
+    return Telling(outputs)
+
+
+def of_whole_numbers(shape, outputs):
+    image, x = _scaled(shape)
+    x = layers.Dense(outputs)(layers.Flatten()(x))
+    return keras.Model(image, keras.ops.cast(x, "int32"))
+
+
+def halves(shape, outputs):
+    image, x = _scaled(shape)
+    return keras.Model(image, layers.Dense(outputs, dtype="float16")(layers.Flatten()(x)))
+
+
+def of_four_rows(shape, outputs):
+    image = keras.Input(batch_shape=(4, *shape))
+    return keras.Model(image, layers.Dense(outputs)(layers.Flatten()(image)))
+
+
+def of_four_open_rows(shape, outputs):
+    image = keras.Input(batch_shape=(4, None, None, shape[2]))
+    return keras.Model(image, layers.Dense(outputs)(layers.GlobalMaxPooling2D()(image)))
 
 
 def text(shape, outputs):

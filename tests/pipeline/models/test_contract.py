@@ -1,3 +1,4 @@
+import keras
 import pytest
 
 from pipeline import models
@@ -15,6 +16,23 @@ def refusal(name, shape=SHAPE, dtype="uint8", **settings):
 
 REFUSED = {
     "raising": "raising raised KeyError: 'no such colour'",
+    "leaving": "leaving raised SystemExit: 0",
+    "input_in_a_dict": "input_in_a_dict takes a dict, expected one tensor; have its input be the "
+    "tensor itself",
+    "open_input_in_a_dict": "open_input_in_a_dict takes a dict, expected one tensor; have its "
+    "input be the tensor itself",
+    "output_in_a_dict": "output_in_a_dict gives a dict, expected one tensor; have its output be "
+    "the tensor itself",
+    "subclassed_to_a_dict": "subclassed_to_a_dict gives a dict, expected one tensor; have its "
+    "output be the tensor itself",
+    "of_whole_numbers": "of_whole_numbers gives int32, expected float32; leave out the cast or "
+    "the dtype of its last layer",
+    "halves": "halves gives float16, expected float32; leave out the cast or the dtype of its "
+    "last layer",
+    "of_four_rows": "of_four_rows takes batches of 4 rows only, expected any number; give its "
+    "input a shape, and no batch_shape or batch_size",
+    "of_four_open_rows": "of_four_open_rows takes batches of 4 rows only, expected any number; "
+    "give its input a shape, and no batch_shape or batch_size",
     "text": "text returned a str, expected a keras.Model",
     "two_inputs": "two_inputs has 2 inputs and 1 outputs, expected one of each",
     "two_outputs": "two_outputs has 1 inputs and 2 outputs, expected one of each",
@@ -44,6 +62,27 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_network_that_cannot_be_exported_is_refused_in_one_sentence(name):
     assert refusal(name) == REFUSED[name]
+
+
+def test_one_tensor_in_a_list_passes_for_the_tensor_itself():
+    assert models.build(f"{ODD}:listed", SHAPE, 10).output_shape == (None, 10)
+
+
+def test_an_interruption_while_a_network_is_built_is_passed_on():
+    with pytest.raises(KeyboardInterrupt):
+        models.build(f"{ODD}:interrupted", SHAPE, 10)
+
+
+@pytest.mark.parametrize("name", ["dense", f"{ODD}:subclassed"])
+def test_a_network_under_mixed_precision_may_give_16_bits(name):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        assert models.build(name, SHAPE, 10).outputs[0].dtype == "bfloat16"
+        with pytest.raises(ConfigError, match="gives int32, expected float32"):
+            models.build(f"{ODD}:of_whole_numbers", SHAPE, 10)
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def test_a_layer_that_cannot_be_loaded_again_is_refused_before_training():

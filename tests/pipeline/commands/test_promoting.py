@@ -1,0 +1,23 @@
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+
+runner = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+@pytest.mark.parametrize("words", [["promote", "../tiny", "1", "--endpoint", "h:1"],
+                                   ["rollback", "../m/tiny"], ["rollback", ""]])  # fmt: skip
+def test_a_path_in_the_place_of_a_name_is_refused(tmp_path, words):
+    shown = runner.invoke(app, [*words, "--models", str(tmp_path)])
+
+    assert shown.exit_code == 1
+    assert "cannot be a model, expected a name of letters" in shown.output
+
+
+@pytest.mark.parametrize("endpoint", ["http://foo", "127.0.0.1:99999"])
+def test_an_endpoint_that_is_none_is_refused_before_anything_is_read(tmp_path, endpoint):
+    shown = runner.invoke(app, ["promote", "tiny", "1", "--endpoint", endpoint])
+
+    assert shown.exit_code == 1
+    assert "expected HOST:PORT with a port from 1 to 65535" in shown.output
