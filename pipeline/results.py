@@ -6,7 +6,6 @@ Are the files that it names still what they were? Their digests are kept with it
 results are written is Prefect's; see `tasks`.
 """
 
-import ast
 import hashlib
 import json
 import logging
@@ -20,13 +19,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline import records
+from pipeline import imports, records
 from pipeline.config import TrainingConfig
 from service import bundle, host
 
 log = logging.getLogger(__name__)
-ROOT = Path(__file__).parents[1]
-OURS = ("pipeline", "service", "protos")
 FOLDER = "results"  # below the runs' own
 PARTS = ("data or settings", "code", "packages", "hardware")  # what a result follows from
 DIGITS = 16
@@ -162,21 +159,10 @@ def files_of(value: Any) -> Iterator[Path]:  # noqa: ANN401  a record, or what i
 def code_sha256(module: str) -> str:
     """Return one digest of a module's source and of all of ours that it imports."""
     lines = [
-        f"{path.relative_to(ROOT)} {bundle.file_sha256(path)}" for path in sorted(sources(module))
+        f"{name} {bundle.file_sha256(path)}"
+        for name, path in sorted(imports.closure(module, imports.root_of_ours).items())
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def sources(module: str) -> set[Path]:
-    """Return the files of a module and of all of ours that it imports, directly or not."""
-    seen: set[Path] = set()
-    waiting = _sources(module)
-    while waiting:
-        path = waiting.pop()
-        if path not in seen:
-            seen.add(path)
-            waiting += [source for name in _imported(path.read_text()) for source in _sources(name)]
-    return seen
 
 
 @cache
@@ -206,26 +192,3 @@ def _described(value: Any) -> Any:  # noqa: ANN401  an argument of a stage
     if isinstance(value, tuple | list):
         return [_described(one) for one in value]
     return value
-
-
-def _sources(module: str) -> list[Path]:
-    """Return the files of one of our modules; of a package all, since it may choose by name."""
-    path = ROOT.joinpath(*module.split("."))
-    if path.name in OURS or not path.is_relative_to(ROOT):
-        return []
-    if path.is_dir():
-        return sorted(path.glob("*.py"))
-    source = path.with_suffix(".py")
-    return [source] if source.is_file() else []
-
-
-def _imported(source: str) -> Iterator[str]:
-    """Give the names of our modules that a source imports, wherever it does."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] in OURS)

@@ -37,6 +37,7 @@ from pipeline import (
 from pipeline.config import TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.records import Dataset, Epoch, Trained
+from service import bundle
 
 log = logging.getLogger(__name__)
 VALIDATION_BATCH_ROWS = 1000
@@ -113,12 +114,12 @@ def settings(data: Dataset, config: TrainingConfig) -> dict[str, Any]:
     }
     if config.schedule == "constant" and not config.warmup_share:
         del training["training.epochs"]
-    code = [Path(__file__), *(Path(str(module.__file__)) for module in CODE)]
-    code.extend(models.files(config.architecture))
+    paths = [Path(__file__), *(Path(str(module.__file__)) for module in CODE)]
+    code = {f"pipeline/{path.name}": path for path in paths} | models.files(config.architecture)
     return {
         "data": [data.sha256, data.train_rows, data.validation_share, data.split_seed],
         **training,
-        **{f"code of {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in code},
+        **{f"code of {name}": bundle.file_sha256(path) for name, path in code.items()},
         "precision": (device.mixed_policy() if config.mixed_precision else None) or FULL,
         "tensorflow": tf.__version__,
         "keras": keras.__version__,

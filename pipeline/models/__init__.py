@@ -56,18 +56,19 @@ def build(
 
     Returns:
         One tensor in, (rows, *shape), uint8, or float32 where a user's network or the data say so;
-        one out, (rows, outputs). A model without an input of its own, or with open sizes in it,
-        comes inside another that has one.
+        one out, (rows, outputs), float32, or what Keras' policy of the moment computes in. A model
+        without an input of its own, or with open sizes in it, comes inside another that has one.
 
     Raises:
         ConfigError: there is no such network or setting, its function fails, or the model does not
             fit: see docs/networks.md.
     """
     function = find(architecture, settings)
-    model = contract.make(
-        architecture, partial(function, tuple(shape), outputs, **settings), tuple(shape), dtype
-    )
-    contract.check(architecture, model, tuple(shape), outputs, dtype)
+    with own.importing():
+        model = contract.make(
+            architecture, partial(function, tuple(shape), outputs, **settings), tuple(shape), dtype
+        )
+        contract.check(architecture, model, tuple(shape), outputs, dtype)
     return model
 
 
@@ -92,14 +93,17 @@ def find(architecture: str, settings: Mapping[str, Any]) -> Callable[..., keras.
     return function
 
 
-def files(architecture: str) -> tuple[Path, ...]:
-    """Return the files of code that decide what a network is: ours, and a user's module.
+def files(architecture: str) -> dict[str, Path]:
+    """Return the files of code that decide what a network is, by names that tell them apart.
+
+    They are ours, and a user's module with all that it imports of the user's.
 
     Raises:
         ConfigError: there is no such network.
     """
-    ours = sorted(Path(__file__).parent.glob("*.py"))
-    return (*ours, *(own.file(architecture) if ":" in architecture else ()))
+    here = Path(__file__).parent
+    ours = {f"pipeline/{here.name}/{path.name}": path for path in sorted(here.glob("*.py"))}
+    return ours | (own.files(architecture) if ":" in architecture else {})
 
 
 def count(model: keras.Model) -> tuple[int, int]:

@@ -75,6 +75,7 @@ def make(
 
 def check(architecture: str, model: keras.Model, shape: Shape, outputs: int, dtype: str) -> None:
     """Raise ConfigError unless a model can be trained on the data, exported and served."""
+    _check_alone(architecture, model)
     _check_input(architecture, model, shape, dtype)
     _check_output(architecture, model, outputs)
     _check_layers(architecture, model)
@@ -97,7 +98,9 @@ def _with_input(model: keras.Model, shape: Shape, dtype: str) -> keras.Model:
     if isinstance(model, keras.Sequential) and not model.built:
         model.build((None, *shape))
     taken = getattr(model, "inputs", None)
-    if taken and not (len(taken) == 1 and _is_open(taken[0].shape[1:], shape)):
+    if taken and not (
+        len(taken) == 1 and _is_open(tuple(taken[0].shape), shape) and not _held_in(model, "input")
+    ):
         return model
     # A subclassed model gets float32: few layers take whole numbers.
     given = keras.Input(
@@ -111,6 +114,15 @@ def _with_input(model: keras.Model, shape: Shape, dtype: str) -> keras.Model:
         return keras.Model(given, model(given))
 
 
+def _check_alone(architecture: str, model: keras.Model) -> None:
+    for side, does in (("input", "takes"), ("output", "gives")):
+        if held := _held_in(model, side):
+            raise ConfigError(
+                f"{architecture} {does} a {held}, expected one tensor; have its {side} be the "
+                "tensor itself"
+            )
+
+
 def _check_input(architecture: str, model: keras.Model, shape: Shape, dtype: str) -> None:
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise ConfigError(
@@ -118,6 +130,11 @@ def _check_input(architecture: str, model: keras.Model, shape: Shape, dtype: str
             "expected one of each"
         )
     given = model.inputs[0]
+    if given.shape[0] is not None:
+        raise ConfigError(
+            f"{architecture} takes batches of {given.shape[0]} rows only, expected any number; "
+            "give its input a shape, and no batch_shape or batch_size"
+        )
     if not _fits(given.shape[1:], shape):
         raise ConfigError(
             f"{architecture} takes rows of shape {tuple(given.shape[1:])}, those of the data are "
@@ -136,6 +153,13 @@ def _check_output(architecture: str, model: keras.Model, outputs: int) -> None:
         raise ConfigError(
             f"{architecture} gives {made[1:]} for a row, expected ({outputs},): one logit a class, "
             "or as many numbers as a target has"
+        )
+    # Under a policy of mixed precision a float32 model of the same function is checked as well.
+    taken = ("float32", keras.config.dtype_policy().compute_dtype)
+    if model.outputs[0].dtype not in taken:
+        raise ConfigError(
+            f"{architecture} gives {model.outputs[0].dtype}, expected float32; leave out the cast "
+            "or the dtype of its last layer"
         )
 
 
@@ -157,7 +181,7 @@ def _check_loads(architecture: str, model: keras.Model) -> None:
     """Try what a checkpoint needs of a user's classes, before there is one."""
     try:
         keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{architecture} cannot be saved and loaded again: {_text(error)}; give its classes "
             "@keras.saving.register_keras_serializable() and a get_config with all arguments"
@@ -173,7 +197,7 @@ def _translated(architecture: str) -> Iterator[None]:
         yield
     except PipelineError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         eaten = feature_map.refused_by(error)
         text = f"cannot be built: {eaten}" if eaten else f"raised {_text(error)}"
         raise ConfigError(f"{architecture} {text}") from error
@@ -182,7 +206,7 @@ def _translated(architecture: str) -> Iterator[None]:
             keras.config.enable_traceback_filtering()
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(COLOURS.sub('', str(error)).split())}"
 
 
@@ -193,7 +217,15 @@ def _fits(taken: tuple[int | None, ...], shape: Shape) -> bool:
 
 
 def _is_open(taken: tuple[int | None, ...], shape: Shape) -> bool:
-    return None in taken and _fits(taken, shape)
+    """Say whether an input takes any number of rows, and these among others."""
+    return taken[0] is None and None in taken[1:] and _fits(taken[1:], shape)
+
+
+def _held_in(model: keras.Model, side: str) -> str:
+    """Return in what a model's input or output is held; empty of a tensor, or a list of some."""
+    found = getattr(model, side, None)  # a Sequential model has none
+    plain = found is None or isinstance(found, list | keras.KerasTensor)
+    return "" if plain else type(found).__name__
 
 
 def _noise(shape: Shape) -> NDArray[np.uint8]:
