@@ -11,15 +11,19 @@ from pipeline.commands import (
     promoting,
     pushing,
     running,
+    scoring,
     shadowing,
+    sweeping,
 )
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     running.run,
+    sweeping.sweep,
     housekeeping.status,
     promoting.promote,
     promoting.rollback,
     pushing.push,
+    scoring.score,
     checking.check,
     checking.explain,
     shadowing.shadow,

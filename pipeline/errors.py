@@ -13,6 +13,8 @@ PipelineError
 ├── PromotionError     the deployment that serves does not answer like the original
 ├── CheckError         two files cannot be compared, or one is not what it should be
 │   └── UsageError     what was asked for cannot be done: no such file, or a word that means nothing
+├── ScoringError       rows cannot be scored, or not all of them were
+├── SweepError         a sweep cannot be done, or nothing of it could be trained
 └── ShadowError        the original that answers are held against cannot be had
 
 The text of each is one finished sentence for the person who can mend it.
@@ -73,3 +75,11 @@ class UsageError(CheckError):
 
 class ShadowError(PipelineError):
     """The original that a server's answers are held against cannot be had."""
+
+
+class ScoringError(PipelineError):
+    """Rows cannot be scored: the input, the model or the output's folder do not fit."""
+
+
+class SweepError(PipelineError):
+    """A sweep cannot be done: its grid means nothing, or none of its trainings came to an end."""

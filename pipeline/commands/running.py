@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from pipeline import config, dataset
-from pipeline.commands.options import Data, Models, Runs, TlsCa, TokenFile, UseTls
+from pipeline.commands.options import SOURCE, Models, TlsCa, TokenFile, UseTls
 from pipeline.commands.terminal import REFUSED, fail, quietly, sentences
 from pipeline.errors import ConfigError
 
@@ -36,8 +36,11 @@ STOPPED = (
 
 def run(  # noqa: PLR0913  one parameter an option
     preset: Annotated[
-        str, typer.Option(help=f"One of: {', '.join(config.PRESETS)}; smoke takes seconds.")
-    ] = "quick",
+        str | None,
+        typer.Option(
+            help=f"One of: {', '.join(config.PRESETS)}; by default that of --config, else quick."
+        ),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option("--config", help="TOML of settings over the preset's, a table a stage."),
@@ -46,7 +49,10 @@ def run(  # noqa: PLR0913  one parameter an option
         list[str] | None,
         typer.Option("--set", help="SECTION.NAME=VALUE, any setting; may be repeated."),
     ] = None,
-    data: Data = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=f"{SOURCE} The variable TRAIN_EXPORT_DATA is asked after --config."),
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(help="Of the data: fashion-mnist, idx, npz, pictures or line; else as found."),
@@ -70,8 +76,13 @@ def run(  # noqa: PLR0913  one parameter an option
         str | None,
         typer.Option(help="The ONNX variant to serve; best: the fastest within its budget here."),
     ] = None,
-    models: Annotated[Path, typer.Option(help="Folder to publish into.")] = Path("models"),
-    runs: Runs = Path("runs"),
+    models: Annotated[
+        Path | None, typer.Option(help="Folder to publish into; by default models.")
+    ] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Folder of checkpoints and exports, one a run; by default runs."),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train anew where an earlier run could be resumed.")
     ] = False,
@@ -119,7 +130,8 @@ def run(  # noqa: PLR0913  one parameter an option
             )
         )
         chosen = config.build(
-            preset,
+            preset or config.preset_of(layers),
+            config.options(data__source=os.environ.get("TRAIN_EXPORT_DATA") or None),
             *layers,
             config.options(
                 data__source=data,
@@ -130,9 +142,9 @@ def run(  # noqa: PLR0913  one parameter an option
                 publishing__models=models,
             ),
         )
-        _verify(chosen)  # now, not after half a minute of starting
+        verify(chosen)  # now, not after half a minute of starting
         path = _flow(
-            preset=preset,
+            preset=chosen.preset,
             settings=config.as_tables(chosen),
             models=str(chosen.publishing.models),
             runs=str(chosen.runs),
@@ -141,10 +153,15 @@ def run(  # noqa: PLR0913  one parameter an option
             tls_ca=_text(tls_ca),
             token_file=_text(token_file),
         )
-        _show(Path(path), models, runs)
+        _show(Path(path), shown(chosen.publishing.models), shown(chosen.runs))
 
 
-def _verify(chosen: config.Config) -> None:
+def shown(path: Path) -> Path:
+    """Return a path as it is shortest from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def verify(chosen: config.Config) -> None:
     """Refuse what can be seen to fail without TensorFlow."""
     module, _, function = chosen.training.architecture.partition(":")
     if function and not _is_there(module):
@@ -183,8 +200,8 @@ def deploy(
     if first_run is not None:
         with sentences(""):
             config.build(first_run)
-    _use_prefect()
-    with sentences("stopped; give the command again to finish"), _reached():
+    use_prefect()
+    with sentences("stopped; give the command again to finish"), reached():
         from pipeline import deployment  # noqa: PLC0415  not to print the help
 
         for line in deployment.deploy(Path.cwd()):
@@ -194,31 +211,32 @@ def deploy(
 
 
 def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
-    _use_prefect()
-    signal.signal(signal.SIGTERM, _leave)  # Prefect hands it on to what was there before its own
+    use_prefect()
+    signal.signal(signal.SIGTERM, leave)  # Prefect hands it on to what was there before its own
     print("starting TensorFlow and Prefect, about half a minute", file=sys.stderr)
     with quietly():
         import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
 
         from pipeline.flow import shield_server, train_export  # noqa: PLC0415  not to print the help
     shield_server()
-    with _reached():
+    with reached():
         path: str = train_export(**parameters)
         return path
 
 
-def _leave(number: int, _: object) -> NoReturn:
+def leave(number: int, _: object) -> NoReturn:
     """End as SIGTERM does, but let Prefect stop the server that it has started."""
     raise SystemExit(128 + number)
 
 
-def _use_prefect() -> None:
+def use_prefect() -> None:
+    """Set what a run without a Prefect server needs, where the environment does not."""
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
-def _reached() -> Iterator[None]:
+def reached() -> Iterator[None]:
     """Say in one sentence that the Prefect server cannot be reached."""
     try:
         yield
