@@ -76,8 +76,9 @@ class LocalGrpcServer(_server.Server):
 def listen_here() -> None:
     """Make one of Ray's processes listen on 127.0.0.1 alone, for which there is no setting."""
     _server.Server = LocalGrpcServer  # type: ignore[misc]
-    template = haproxy.HAPROXY_CONFIG_TEMPLATE
-    haproxy.HAPROXY_CONFIG_TEMPLATE = re.sub(r"bind \*?:", "bind 127.0.0.1:", template)
+    template = haproxy.HAPROXY_CONFIG_TEMPLATE  # type: ignore[attr-defined]
+    bound = re.sub(r"bind \*?:", "bind 127.0.0.1:", template)
+    haproxy.HAPROXY_CONFIG_TEMPLATE = bound  # type: ignore[attr-defined]
 
 
 def free_ports(count: int) -> list[int]:
