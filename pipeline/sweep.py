@@ -37,6 +37,7 @@ LOCK = "lock"
 SECTIONS = ("data", "training")
 WITHOUT_EFFECT = results.WITHOUT_EFFECT[TrainingConfig]
 OPEN = GateConfig(min_accuracy=0.0, champion=False)
+running: set[subprocess.Popen[str]] = set()  # of `run`, for who must stop before they end
 ENDED = "the process that trained it ended with status"
 
 
@@ -144,10 +145,12 @@ def run(folder: Path) -> Outcome:
     with subprocess.Popen(  # noqa: S603  our own module
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        running.add(process)
         try:
             said = process.stdout.read() if process.stdout else ""
             status = process.wait()
         finally:
+            running.discard(process)
             process.terminate()
     outcome = None if status else _kept(folder, content["key"])
     if outcome is not None:

@@ -47,7 +47,12 @@ def train_export_sweep(
         futures = [
             train_one.with_options(task_run_name=Path(one).name).submit(one) for one in folders
         ]
-    return [_came(future, folder) for future, folder in zip(futures, folders, strict=True)]
+    try:
+        return [_came(future, folder) for future, folder in zip(futures, folders, strict=True)]
+    except BaseException:  # SIGTERM: what trains here saves its state, else we would wait for it
+        for process in tuple(sweep.running):
+            process.terminate()
+        raise
 
 
 def local() -> TaskRunner[Any]:

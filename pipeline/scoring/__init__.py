@@ -6,7 +6,8 @@ read. Memory is bounded by one shard a process, whatever there is to score.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from service import bundle
 log = logging.getLogger(__name__)
 SHARD_ROWS = 4096  # a second or so of small pictures; a part that is lost costs no more
 TELL_EVERY_S = 10.0
-Engine = Callable[[Job, Sequence[Shard]], Iterator[Done]]
+Engine = Callable[[Job, Sequence[Shard]], Generator[Done, None, None]]
 Show = Callable[[int, int], None]  # rows that are done, of how many
 
 
@@ -122,19 +123,22 @@ def _planned(
     return found
 
 
-def _work(came: Iterator[Done], before: int, rows: int, show: Show | None) -> None:
+def _work(came: Generator[Done, None, None], before: int, rows: int, show: Show | None) -> None:
     """Have the shards scored, and say from time to time how far that is."""
     started_s = told_s = time.monotonic()
     done = 0
-    for one in came:
-        done += one.rows
-        if show is not None:
-            show(before + done, rows)
-        now_s = time.monotonic()
-        if now_s - told_s >= TELL_EVERY_S:
-            told_s = now_s
-            left_s = (rows - before - done) * (now_s - started_s) / done
-            log.info("%s of %s rows, about %.0f s to go", f"{before + done:,}", f"{rows:,}", left_s)
+    with closing(came):  # which ends the processes at Ctrl-C
+        for one in came:
+            done += one.rows
+            if show is not None:
+                show(before + done, rows)
+            now_s = time.monotonic()
+            if now_s - told_s >= TELL_EVERY_S:
+                told_s = now_s
+                left_s = (rows - before - done) * (now_s - started_s) / done
+                log.info(
+                    "%s of %s rows, about %.0f s to go", f"{before + done:,}", f"{rows:,}", left_s
+                )
 
 
 def _counted(job: Job, manifest: bundle_pb2.BundleManifest, found: Listing, kept: int) -> Scored:

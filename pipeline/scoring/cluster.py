@@ -8,7 +8,7 @@ second account of the same.
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import islice
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it tells its maker about clusters
@@ -58,7 +58,7 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), REACH_S).close()
 
 
-def run(job: Job, shards: Sequence[Shard]) -> Iterator[Done]:
+def run(job: Job, shards: Sequence[Shard]) -> Generator[Done, None, None]:
     """Score all shards, one a core; give what came of each as it is done.
 
     Raises:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
@@ -17,7 +17,7 @@ from pipeline.scoring.listing import Shard
 from pipeline.scoring.part import Done, Job
 
 
-def run(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
+def run(job: Job, shards: Sequence[Shard], workers: int) -> Generator[Done, None, None]:
     """Score all shards; give what came of each as it is done.
 
     Args:
@@ -29,13 +29,15 @@ def run(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
         ScoringError: a process was ended from outside.
         ServiceError: as `part.score`.
     """
-    if workers == 1 or len(shards) == 1:
+    workers = min(workers, len(shards))
+    if workers <= 1:
         yield from (part.score(job, shard) for shard in shards)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(shards)), context, _begin) as pool:
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, _begin) as pool:
+        waiting = [pool.submit(part.score, job, shard) for shard in shards]
         try:
-            waiting = [pool.submit(part.score, job, shard) for shard in shards]
             for future in as_completed(waiting):
                 yield future.result()
         except BrokenProcessPool as error:
@@ -43,8 +45,11 @@ def run(job: Job, shards: Sequence[Shard], workers: int) -> Iterator[Done]:
                 "a process that scores was ended from outside, perhaps for want of memory; the "
                 "same command goes on, with fewer --workers if need be"
             ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:  # whoever stops here does not wait for shards: what is not whole has no name
+            if not all(future.done() for future in waiting):
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in set(multiprocessing.active_children()) - others:
+                    child.terminate()
 
 
 def _begin() -> None:

@@ -108,6 +108,12 @@ def _load(path: Path, sha256: str) -> tuple[bundle_pb2.BundleManifest, Session]:
     return loaded.manifest, loaded.session
 
 
+@lru_cache(maxsize=1)
+def _reader(above: Path, column: str, shape: tuple[int, ...]) -> Reader:
+    """Return a reader that knows where the shard before has ended."""
+    return Reader(above, column, shape)
+
+
 def _answered(
     job: Job, shard: Shard, manifest: bundle_pb2.BundleManifest, session: Session
 ) -> Iterator[Answered]:
@@ -119,7 +125,7 @@ def _answered(
     item_bytes = np.dtype(NUMPY[manifest.input.datatype]).itemsize
     row_bytes = item_bytes * prod(size for size in shape if size > 0)
     batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
-    reader = Reader(job.above, job.column, shape)
+    reader = _reader(job.above, job.column, shape)
     rows = (
         row
         for piece in listing.pieces(job.listing, shard)

@@ -4,8 +4,10 @@ Pictures are decoded by the code with which the server decodes those of its clie
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ class Reader:
         self._above = above
         self._column = column
         self._shape = tuple(shape)
+        self._open: _Open | None = None  # where the last piece ended
 
     def read(self, piece: Piece, batch_rows: int) -> Iterator[list[Row]]:
         """Give the rows of a piece in their order, as many as it has, some at a time."""
@@ -144,40 +147,81 @@ class Reader:
         self, piece: Piece, batch_rows: int
     ) -> Iterator[Sequence[bytes | NDArray[Any] | None]]:
         """Give the column's values in the rows of a piece."""
-        with pq.ParquetFile(
-            self._above / piece.path, buffer_size=BUFFER_BYTES, pre_buffer=False
-        ) as file:
-            groups, skip = _groups(file.metadata, piece)
-            left = piece.stop - piece.start
-            for batch in file.iter_batches(
-                batch_rows, row_groups=groups, columns=[self._column], use_threads=False
-            ):
-                wanted = batch.slice(skip, left)
-                skip = max(0, skip - len(batch))
-                if len(wanted):
-                    left -= len(wanted)
-                    yield _cells(self._found(wanted))
-                if not left:
-                    return
+        file, self._open = self._open, None  # closed, and not used again, if it fails
+        if file is None or not file.leads_to(self._above / piece.path, piece.start):
+            if file is not None:
+                file.close()
+            file = _Open(self._above / piece.path, self._column, piece.start, batch_rows)
+        for batch in file.rows(piece.start, piece.stop):
+            yield _cells(batch)
+        self._open = file
 
-    def _found(self, batch: pa.RecordBatch) -> pa.Array:
+
+class _Open:
+    """A parquet file that is read from a row on.
+
+    A row group can only be read from its beginning, so what comes next is read from where the last
+    piece ended: else the shards of a large row group would take ever longer.
+    """
+
+    def __init__(self, path: Path, column: str, start: int, batch_rows: int) -> None:
+        self._about = _about(path)
+        self._file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        self._begins = _begins(self._file.metadata)
+        group = bisect_right(self._begins, start) - 1
+        self._at = self._begins[group]  # row that `_left` begins with
+        self._left: pa.Array | None = None
+        self._batches = self._file.iter_batches(
+            batch_rows,
+            row_groups=list(range(group, len(self._begins))),
+            columns=[column],
+            use_threads=False,
+        )
+        self._inner = column.rpartition(".")[2]
+
+    def leads_to(self, path: Path, start: int) -> bool:
+        """Say whether a row is ahead, and no other row group would have to be read for it."""
+        return self._about == _about(path) and (
+            self._begins[bisect_right(self._begins, start) - 1] <= self._at <= start
+        )
+
+    def rows(self, start: int, stop: int) -> Iterator[pa.Array]:
+        """Give the column's values in some rows, those that there are."""
+        while self._at < stop:
+            if not self._left:
+                self._left = self._next()
+            if self._left is None:
+                return
+            skipped = self._left[: max(0, start - self._at)]
+            rest = self._left[len(skipped) :]
+            taken = rest[: stop - self._at - len(skipped)]
+            self._at += len(skipped) + len(taken)
+            self._left = rest[len(taken) :]
+            if len(taken):
+                yield taken
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _next(self) -> pa.Array | None:
+        batch = next(self._batches, None)
+        if batch is None:
+            return None
         array = batch.column(0)
-        if types.is_struct(array.type):
-            return pc.struct_field(array, self._column.rpartition(".")[2])
-        return array
+        return pc.struct_field(array, self._inner) if types.is_struct(array.type) else array
 
 
-def _groups(metadata: pq.FileMetaData, piece: Piece) -> tuple[list[int], int]:
-    """Return the row groups with a piece's rows, and how many rows of the first are not its."""
-    groups: list[int] = []
-    before = skip = 0
-    for number in range(metadata.num_row_groups):
-        after = before + metadata.row_group(number).num_rows
-        if after > piece.start and before < piece.stop:
-            skip = skip if groups else piece.start - before
-            groups.append(number)
-        before = after
-    return groups, skip
+def _about(path: Path) -> tuple[str, int, int, int]:
+    """Return what tells a file from others, and from what it was."""
+    about = path.stat()
+    return str(path), about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def _begins(metadata: pq.FileMetaData) -> list[int]:
+    """Return the first row of every row group."""
+    counts = [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
+    return [0, *accumulate(counts)][:-1] or [0]
 
 
 def _cells(array: pa.Array) -> Sequence[bytes | NDArray[Any] | None]:

@@ -7,8 +7,8 @@ from pipeline import __main__ as command
 
 runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
 COMMANDS = (
-    "run", "status", "promote", "rollback", "check", "explain", "shadow", "models", "doctor",
-    "clean", "deploy",
+    "run", "sweep", "status", "promote", "rollback", "push", "score", "check", "explain", "shadow",
+    "models", "doctor", "clean", "deploy",
 )  # fmt: skip
 
 

@@ -19,6 +19,10 @@ def rows_of(path, start, stop, column="pixels", shape=SHAPE, batch_rows=2):
     return [row for rows in reader.read(Piece(path.name, start, stop), batch_rows) for row in rows]
 
 
+def values(rows):
+    return np.array([row.value for row in rows])
+
+
 def lists(images, kind):
     flat = list(images.reshape(len(images), -1))
     if kind == "fixed":
@@ -34,7 +38,32 @@ def test_rows_are_read_from_any_place_in_and_across_row_groups(parquet, tiny, ki
     rows = rows_of(parquet(pixels=lists(images, kind)), start, stop)
 
     assert [row.number for row in rows] == list(range(start, stop))
-    assert np.array_equal([row.value for row in rows], images[start:stop])
+    assert np.array_equal(values(rows), images[start:stop])
+
+
+@pytest.mark.parametrize("group_rows", [1, 3, 7, 100])
+def test_pieces_read_one_after_the_other_are_the_same_as_each_read_alone(parquet, tiny, group_rows):
+    images = tiny.images(50)
+    path = parquet(pixels=lists(images, "fixed"), group_rows=group_rows)
+    reader = Reader(path.parent, "pixels", SHAPE)
+
+    for start, stop in [(0, 4), (4, 5), (9, 12), (12, 30), (29, 31), (0, 2), (40, 50), (2, 3)]:
+        read = [row for rows in reader.read(Piece(path.name, start, stop), 4) for row in rows]
+        assert [row.number for row in read] == list(range(start, stop))
+        assert np.array_equal(values(read), images[start:stop])
+
+
+def test_a_file_that_was_replaced_between_two_pieces_is_read_anew(parquet, tiny):
+    first, second = tiny.images(8), tiny.images(8, 1)
+    path = parquet(pixels=lists(first, "list"))
+    reader = Reader(path.parent, "pixels", SHAPE)
+    list(reader.read(Piece(path.name, 0, 4), 4))
+
+    path.unlink()
+    parquet(pixels=lists(second, "list"))
+    read = [row for rows in reader.read(Piece(path.name, 4, 8), 4) for row in rows]
+
+    assert np.array_equal(values(read), second[4:])
 
 
 def test_missing_and_misfitting_rows_have_their_reason_and_the_others_their_values(parquet):
@@ -70,7 +99,7 @@ def test_pictures_are_read_from_bytes_also_in_a_struct(parquet, tiny, encode):
 
     rows = rows_of(path, 0, 6, column="image.bytes")
 
-    assert np.array_equal([row.value for row in rows[:5]], images)
+    assert np.array_equal(values(rows[:5]), images)
     assert rows[5].error
 
 

@@ -309,6 +309,27 @@ def test_a_worker_that_is_killed_is_one_sentence(make_bundle, folder, output, mo
     )
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_at_once_and_leaves_whole_parts(make_bundle, folder, output):
+    command = (
+        sys.executable, "-m", "pipeline", "score", "--bundle", make_bundle(), "--input",
+        folder(2000), "--output", output, "--part-rows", "2", "--workers", "2",
+    )  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while len(contents(output)) < 3 and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+
+    assert process.returncode == 130
+    assert "parts that are whole are kept" in said
+    assert "Traceback" not in said
+    assert 3 <= len(contents(output)) < 900  # of 1000
+    assert all(len(pq.read_table(path)) == 2 for path in output.glob("part-*"))
+
+
 def test_the_log_says_how_long_it_will_take(make_bundle, folder, output, monkeypatch, caplog):
     monkeypatch.setattr(scoring, "TELL_EVERY_S", 0.0)
 
