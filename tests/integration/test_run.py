@@ -236,7 +236,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_at_once_though_it_reaches_prefects_serv
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if "epoch 1 of 2" in line:
+            if "epoch 1 of 2" in line and process.returncode is None:  # it may be said twice
                 os.killpg(process.pid, signal.SIGINT)
                 process.wait(60)
     output = "".join(lines)

@@ -157,7 +157,7 @@ def test_the_manifest_records_what_was_trained_on_what(publish_once, data, train
     assert manifest.training.history[0].loss == trained.history[0].loss
     assert sum(sum(row.predicted) for row in manifest.evaluation.confusion) == 10_000
     here = {"publishing": {"models": settings.publishing.models}}
-    assert config.build("quick", json.loads(manifest.training.config), here) == settings
+    assert config.build("smoke", json.loads(manifest.training.config), here) == settings
     assert str(settings.publishing.models) not in manifest.training.config
     assert manifest.evaluation.classes[0].f1 > 0
     assert re.fullmatch(r"([0-9a-f]{40}\+?)?", manifest.provenance.git_commit)

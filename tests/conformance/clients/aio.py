@@ -76,7 +76,7 @@ async def refusals_have_triton_s_codes_and_phrases(asked):
         await refused_later(client.get_model_config("nobody"), "NOT_FOUND", unknown)
         await refused_later(client.infer(MODEL, one, model_version="7"), "NOT_FOUND", "7")
         await refused_later(client.infer(MODEL, [wide]), "INVALID_ARGUMENT", "image", "3,3,1")
-        await refused_later(client.infer(MODEL, one, client_timeout=1e-6), "DEADLINE_EXCEEDED")
+        await refused_later(client.infer(MODEL, one, client_timeout=-1.0), "DEADLINE_EXCEEDED")
         await refused_later(client.get_log_settings(), "UNIMPLEMENTED")
         await refused_later(client.unload_model(MODEL, headers=asked.admin), "PERMISSION_DENIED")
 
