@@ -33,8 +33,10 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: it has sockets in it
-        head = {**NODE, "include_dashboard": False, "temp_dir": folder}
+        head = {**NODE, "include_dashboard": False}
+        Path(folder, "ray").mkdir()  # where it also notes the cluster's address
         with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_TMPDIR", folder)
             patch.setenv("PREFECT_HOME", f"{folder}/prefect")
             made = Cluster(initialize_head=True, head_node_args=head)
         yield made

@@ -120,17 +120,22 @@ def test_both_engines_end_with_the_same_weights_and_records(few, undisturbed, tm
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
     few, undisturbed_whole, tmp_path
 ):
+    with process(tmp_path / "another") as running:
+        running.stdout.readline()
+        began = time.monotonic()
+        running.communicate()
+        lasts = time.monotonic() - began  # on this machine, compilation included
     moments = random.Random(20)
     killed = 0
     for _ in range(KILLS):
-        with process(tmp_path) as running:
+        with process(tmp_path / "run") as running:
             running.stdout.readline()
-            time.sleep(moments.uniform(0.5, 5.0))
+            time.sleep(moments.uniform(0.1, 0.9) * lasts)
             running.kill()
         killed += running.returncode == -signal.SIGKILL
 
     assert killed
-    assert_same(train.fit(few, WHOLE, tmp_path), undisturbed_whole)
+    assert_same(train.fit(few, WHOLE, tmp_path / "run"), undisturbed_whole)
 
 
 @pytest.mark.slow
