@@ -19,6 +19,7 @@ EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 PEERS := mosec mlserver kserve litserve bentoml ray
 ARGS ?=
+JOBS ?= 2
 
 .PHONY: help
 help: ## list the commands
@@ -31,7 +32,8 @@ run: $(STAMP) ## train, export, prove parity, publish and serve once: the whole 
 .PHONY: test
 test: $(STAMP) $(STRANGERS) $(KSERVE) ## the whole test suite but compose, with coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --ignore=tests/compose --durations=25
+	$(BIN)/coverage run -m pytest --ignore=tests/compose --durations=25 \
+		--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
