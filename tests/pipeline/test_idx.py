@@ -71,7 +71,9 @@ def test_a_packed_file_with_more_than_it_says_is_not_unpacked_to_its_end(tmp_pat
         idx.read(path)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(idx.encode(IMAGES))[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(idx.encode(IMAGES))[:-9]], ids=["other", "short"]
+)
 def test_a_damaged_packed_file_is_named(tmp_path, content):
     (tmp_path / "x.gz").write_bytes(content)
 
