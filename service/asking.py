@@ -35,6 +35,7 @@ PARTS_IN_FLIGHT = 4  # of one call: enough to hide the way there and back, few e
 METADATA_S = 60.0  # how long it is believed; a server may be replaced by another
 POLL_S = 5.0  # longest wait for one answer while waiting for a server to become ready
 NOT_READY = "is not at ready state"  # Triton's phrase for a version that is loading, or has left
+PAUSE_S = 0.5  # of a call that waits, after gRPC's own tries found no server available
 SHUT_OUT = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
@@ -301,7 +302,24 @@ class Asker:
     async def _call(
         self, request: Message, response: type[Response], timeout_s: float | None
     ) -> Response:
-        return await self._wire.call(request, response, self._left(timeout_s)())
+        return await self._sent(request, response, self._left(timeout_s)())
+
+    async def _sent(self, request: Message, response: type[Response], timeout_s: float) -> Response:
+        """Make a call; of a client that waits, again for as long as no server is available."""
+        until_s = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, until_s - time.monotonic())
+            try:
+                return await self._wire.call(request, response, left_s)
+            except ServerError as error:
+                if not self._waits(request, error) or left_s <= PAUSE_S:
+                    raise
+            await self._wire.sleep(PAUSE_S)
+
+    def _waits(self, request: Message, error: ServerError) -> bool:
+        """Say whether no server is available for now, and this client waits for one."""
+        available = error.code != "UNAVAILABLE" or NOT_READY in str(error)
+        return self._connection.repeats(request) and not available
 
     async def _answer(self, question: Question, left: Left) -> Answer:
         """Ask; once more if what was remembered is old, or the version has left meanwhile."""
@@ -345,7 +363,12 @@ class Asker:
         """Send the first request, joined with others' if it is small and the only one."""
         limit = min(self._connection.coalesce_rows, messages.max_rows(about))
         if messages.rows_in(request) == rows < limit:
-            reply = await self._wire.join(request, limit, left())
+            try:
+                reply = await self._wire.join(request, limit, left())
+            except ServerError as error:
+                if not self._waits(request, error):
+                    raise
+                reply = None
             if reply is not None:
                 return reply
         return await self._reply(request, self._infer(request, left), left)
@@ -359,7 +382,7 @@ class Asker:
 
         async def land() -> None:
             request, sent = flying.popleft()
-            replies.append(await self._reply(request, sent.response(), left))
+            replies.append(await self._reply(request, self._landed(request, sent, left), left))
 
         try:
             for request in requests:
@@ -373,6 +396,16 @@ class Asker:
             for _, sent in flying:
                 sent.cancel()
         return replies
+
+    async def _landed(
+        self, request: pb.ModelInferRequest, sent: Sent, left: Left
+    ) -> pb.ModelInferResponse:
+        try:
+            return await sent.response()
+        except ServerError as error:
+            if not self._waits(request, error):
+                raise
+        return await self._infer(request, left)
 
     async def _reply(
         self,
@@ -395,7 +428,7 @@ class Asker:
     def _infer(
         self, request: pb.ModelInferRequest, left: Left
     ) -> Coroutine[Any, Any, pb.ModelInferResponse]:
-        return self._wire.call(request, pb.ModelInferResponse, left())
+        return self._sent(request, pb.ModelInferResponse, left())
 
     async def _about(self, model: str, version: str, left: Left) -> pb.ModelMetadataResponse:
         about = self._remembered(model, version)

@@ -103,8 +103,8 @@ class Client:
             coalesce_rows: most rows to join into one request, of calls that come from other
                 threads while as many requests as there are channels are in flight; 0: none.
             max_message_mib: largest request and answer, in MiB; the server has its own limit.
-            wait_for_ready: wait up to `timeout_s` for a server that cannot be reached, as while it
-                or its balancer restarts, instead of saying so at once.
+            wait_for_ready: wait up to `timeout_s` for a server that cannot be reached, or is
+                UNAVAILABLE, as while it or its balancer restarts, instead of saying so at once.
             tls: None: plain text.
             token: goes with every call.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from protos import inference_pb2_grpc, parity_pb2_grpc
 from service.errors import ServerError
@@ -131,6 +132,14 @@ class Connection:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    def repeats(self, request: Message) -> bool:
+        """Say whether a request is sent again while no server is available.
+
+        gRPC's core gives up after five tries of a server, or of a balancer that has none.
+        """
+        name = type(request).__name__.removesuffix("Request")
+        return self.wait_for_ready and name not in {method for _, method in ONCE}
 
     def refusal(self, error: grpc.RpcError) -> ServerError:
         """Return a call's failure as a sentence that says what to mend."""

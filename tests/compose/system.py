@@ -79,6 +79,10 @@ class System:
         project = "docker", "compose", "--project-name", self.name
         return self.run(*project, *words, timeout_s=timeout_s)
 
+    def within(self, service: str, program: str) -> str:
+        """Run a Python program in a container; return what it prints."""
+        return self.compose("exec", "-T", service, "python", "-c", program)
+
     def containers(self, service: str | None = None) -> list[dict[str, Any]]:
         """Return what the engine knows of each container, one of a service or all."""
         names = self.compose("ps", "--all", "--quiet", *([service] if service else [])).split()
@@ -137,4 +141,6 @@ def up(system: System) -> Iterator[System]:
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             Path(folder, f"{system.name}.log").write_text(system.compose("logs", "--no-color"))
-        system.compose("down", "--volumes", "--remove-orphans", "--timeout", "10")
+        system.compose(
+            "--profile", "scale", "down", "--volumes", "--remove-orphans", "--timeout", "10"
+        )

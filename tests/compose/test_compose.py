@@ -1,13 +1,18 @@
 """`docker compose up` for real: from nothing to answers, and through every container's death."""
 
 import json
+import os
+import signal
 import subprocess
 import time
+from pathlib import Path
 
+import grpc
 import pytest
 
+from protos import inference_pb2, inference_pb2_grpc
 from tests.compose.load import MODEL, Load
-from tests.compose.system import RECOVER_S, ROOT, until
+from tests.compose.system import FIRST_S, RECOVER_S, ROOT, until
 from tests.deploy.observability import ENVOY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -20,6 +25,11 @@ SECRETS = ("PASSWORD", "TOKEN", "SECRET", "KEY")
 
 def service(container):
     return container["Config"]["Labels"]["com.docker.compose.service"]
+
+
+def children(pid):
+    """Return the processes that a container's first one has started."""
+    return map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
 def deploy_run(system):
@@ -89,6 +99,65 @@ def test_no_image_has_a_secret_or_tensorflow_where_it_serves(system):
     assert said.split() == ["None", "None", "CycloneDX"]
 
 
+def test_building_again_what_has_not_changed_starts_nothing_again(system):
+    before = {one["Id"] for one in system.containers() if service(one) not in ONCE}
+
+    system.compose("up", "--detach", "--build", timeout_s=FIRST_S)
+
+    assert {one["Id"] for one in system.containers() if service(one) not in ONCE} == before
+
+
+def test_another_password_than_the_databases_is_refused_in_one_sentence(system):
+    with pytest.raises(AssertionError, match="error: POSTGRES_PASSWORD is not the password that"):
+        system.compose("run", "--rm", "-e", "POSTGRES_PASSWORD=other", "volumes")
+
+
+@pytest.mark.parametrize(
+    ("service", "file", "sees"),
+    [("inference", "token", True), ("inference", "password", False), ("worker", "token", False)],
+)
+def test_a_secret_is_seen_only_by_who_needs_it(system, service, file, sees):
+    said = system.within(service, f"import os; print(os.access('/keys/{file}', os.R_OK))")
+    assert said.strip() == str(sees)
+
+
+ASKED = """
+import urllib.request as u
+for port, path in ((9901, "/ready"), (9902, "/stats/prometheus"), (9902, "/quitquitquit")):
+    try:
+        print(u.urlopen(f"http://balancer:{port}{path}", timeout=5).status)
+    except OSError as error:
+        print(getattr(error, "code", "refused"))
+"""
+
+
+def test_the_balancers_admin_is_reached_by_nobody_else(system):
+    assert system.within("inference", ASKED).split() == ["refused", "200", "404"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "compression", "code", "sentence"),
+    [
+        (1, grpc.Compression.Gzip, "UNIMPLEMENTED", "takes no compressed messages"),
+        (90_000, None, "RESOURCE_EXHAUSTED", "ask about fewer images at a time"),
+    ],
+)
+def test_what_the_balancer_refuses_has_a_code_and_a_sentence(
+    system, rows, compression, code, sentence
+):
+    request = inference_pb2.ModelInferRequest(
+        model_name=MODEL, raw_input_contents=[bytes(rows * 28 * 28)]
+    )
+    request.inputs.add(name="image", datatype="UINT8", shape=[rows, 28, 28, 1])
+    with grpc.insecure_channel(
+        system.address, [("grpc.max_send_message_length", -1)], compression=compression
+    ) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(request, timeout=60)
+    assert (caught.value.code().name, sentence in str(caught.value.details())) == (code, True)
+
+
 def test_requests_of_one_connection_are_spread_over_replicas(system):
     system.compose("up", "--detach", "--no-recreate", "--scale", "inference=3", "inference")
     try:
@@ -155,6 +224,31 @@ def test_a_killed_container_comes_back_and_no_request_is_lost(system, name):
     assert system.containers(name)[0]["RestartCount"] >= 1
 
 
+def test_a_replica_that_hangs_is_started_again_and_no_request_is_lost(system):
+    one = system.containers("inference")[0]
+    with Load(system.address) as load:
+        for child in children(one["State"]["Pid"]):
+            os.kill(child, signal.SIGSTOP)
+        until(
+            lambda: json.loads(system.run("docker", "inspect", one["Id"]))[0]["RestartCount"]
+            > one["RestartCount"],
+            RECOVER_S, "it is started again",
+        )  # fmt: skip
+        system.wait_healthy("inference")
+    assert not load.failures
+
+
+def test_clients_that_wait_are_answered_when_every_replica_was_away(system):
+    replicas = system.compose("ps", "--quiet", "inference").split()
+    with Load(system.address) as load:
+        system.run("docker", "stop", *replicas)
+        time.sleep(10)
+        answered = load.answers.total()
+        system.run("docker", "start", *replicas)
+        until(lambda: load.answers.total() > answered + 50, RECOVER_S, "they are answered")
+    assert not load.failures
+
+
 def test_a_run_whose_worker_is_killed_loses_no_bundle_and_can_be_run_again(system):
     before = system.versions()
     run = deploy_run(system)
@@ -184,6 +278,16 @@ def test_down_and_up_again_keeps_models_and_history(system):
         until(lambda: load.answers[str(max(versions))], RECOVER_S, "the newest version answers")
     assert system.versions() == versions
     assert runs <= {run["id"] for run in system.runs()}
+
+
+def test_several_prefect_servers_on_redis_finish_a_run(system):
+    system.compose("--env-file", "deploy/scale.env", "up", "--detach", timeout_s=FIRST_S)
+    system.wait_healthy("redis", "prefect-services", "prefect-server", "worker")
+
+    newest = max(system.versions())
+    finish(system, deploy_run(system))
+
+    assert max(system.versions()) == newest + 1
 
 
 @pytest.mark.parametrize(

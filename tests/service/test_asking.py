@@ -12,6 +12,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos import model_config_pb2, parity_pb2
+from service import messages
 from service.asking import PARTS_IN_FLIGHT, Asker
 from service.client import Client
 from service.connection import Connection
@@ -78,9 +79,8 @@ class Counting:
 
 def connection(**options):
     plain = {"timeout_s": 30, "channels": 1, "coalesce_rows": 0, "max_message_mib": 64}
-    return Connection(
-        address="server:1", wait_for_ready=False, tls=None, token=None, **plain | options
-    )
+    plain |= {"wait_for_ready": False, "tls": None, "token": None}
+    return Connection(address="server:1", **plain | options)
 
 
 def test_only_so_many_parts_of_a_call_are_in_flight(model, tiny):
@@ -103,6 +103,88 @@ def test_part_that_is_refused_ends_the_others(model, tiny):
     wire = Counting(model, refused=[8])
     code, _ = refusal(lambda: asyncio.run(Asker(connection(), wire).predict(images, model="tiny")))
     assert (code, wire.cancelled, wire.flying) == ("INTERNAL", 2, [])
+
+
+class Away(Counting):
+    """A wire to a balancer that has no server for a while."""
+
+    def __init__(self, model, *, refusals, sentence="no healthy upstream", **options):
+        super().__init__(model, **options)
+        self.refusals, self.sentence = refusals, sentence
+        self.slept = []
+
+    async def call(self, request, response, timeout_s):
+        if self.refusals:
+            self.refusals -= 1
+            raise ServerError(self.sentence, code="UNAVAILABLE")
+        return await super().call(request, response, timeout_s)
+
+    async def join(self, request, max_rows, timeout_s):
+        return messages.read(await self.call(request, None, timeout_s), 1)
+
+    async def sleep(self, seconds):
+        self.slept.append(seconds)
+
+
+@pytest.mark.parametrize("coalesce_rows", [0, 8])
+@pytest.mark.parametrize("known", [True, False])
+def test_who_waits_asks_again_while_no_server_is_available(model, tiny, known, coalesce_rows):
+    wire: Any = Away(model, refusals=0)
+    asker = Asker(connection(wait_for_ready=True, coalesce_rows=coalesce_rows), wire)
+    images = tiny.images(8 * 3 if not coalesce_rows else 1)
+    if known:
+        asyncio.run(asker.predict(images, model="tiny"))
+    wire.refusals = 7
+
+    answer = asyncio.run(asker.predict(images, model="tiny"))
+
+    np.testing.assert_array_equal(answer.logits, tiny.logits(images))
+    assert len(wire.slept) >= 6
+
+
+def test_part_of_a_call_that_waits_is_sent_again(model, tiny):
+    wire: Any = Away(model, refusals=0)
+    images = tiny.images(8 * 3)
+    sent = wire.start
+
+    def start(request, timeout_s):
+        wire.refusals = 2
+        return sent(request, timeout_s)
+
+    wire.start = start
+    answer = asyncio.run(Asker(connection(wait_for_ready=True), wire).predict(images, model="tiny"))
+
+    np.testing.assert_array_equal(answer.logits, tiny.logits(images))
+
+
+@pytest.mark.parametrize(
+    ("wait_for_ready", "sentence"),
+    [(False, "no healthy upstream"), (True, "version 2 is not at ready state")],
+)
+def test_who_does_not_wait_or_asks_for_what_has_left_is_told_at_once(
+    model, wait_for_ready, sentence
+):
+    wire: Any = Away(model, refusals=1, sentence=sentence)
+    asker = Asker(connection(wait_for_ready=wait_for_ready), wire)
+
+    assert refusal(lambda: asyncio.run(asker.metadata("tiny"))) == ("UNAVAILABLE", sentence)
+
+
+def test_waiting_ends_with_the_time_that_the_client_gives(model):
+    wire: Any = Away(model, refusals=10**9)
+    asker = Asker(connection(wait_for_ready=True, timeout_s=0.4), wire)
+
+    code, _ = refusal(lambda: asyncio.run(asker.metadata("tiny")))
+
+    assert (code, wire.slept) == ("UNAVAILABLE", [])
+
+
+def test_what_changes_a_server_is_not_sent_again(model):
+    wire: Any = Away(model, refusals=10**9)
+    asker = Asker(connection(wait_for_ready=True), wire)
+
+    assert refusal(lambda: asyncio.run(asker.load("tiny")))[0] == "UNAVAILABLE"
+    assert wire.slept == []
 
 
 def test_parts_are_sent_without_waiting_for_the_one_before(serve, model, tiny):
