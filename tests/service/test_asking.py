@@ -78,7 +78,12 @@ class Counting:
 
 
 def connection(**options):
-    plain = {"timeout_s": 30, "channels": 1, "coalesce_rows": 0, "max_message_mib": 64}
+    plain: dict[str, Any] = {
+        "timeout_s": 30,
+        "channels": 1,
+        "coalesce_rows": 0,
+        "max_message_mib": 64,
+    }
     plain |= {"wait_for_ready": False, "tls": None, "token": None}
     return Connection(address="server:1", **plain | options)
 
