@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if fronts and "front_kind" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("only_grpcio") is not None
         metafunc.parametrize("front_kind", ("grpcio",) if only else fronts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let what hostile tests have logged pass from process to process, which takes UTF-8 only."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="replace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture
