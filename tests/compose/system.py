@@ -17,7 +17,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FIRST_S, RECOVER_S = 1200, 300
-PORTS = ("SERVE_EXPORT_PORT", "PREFECT_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+PORTS = (
+    "SERVE_EXPORT_PORT", "PREFECT_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT", "PLAYGROUND_PORT",
+)  # fmt: skip
+PROFILES = "--profile", "scale", "--profile", "playground"
 
 
 def free_port() -> int:

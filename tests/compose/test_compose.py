@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -156,6 +157,22 @@ def test_what_the_balancer_refuses_has_a_code_and_a_sentence(
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(request, timeout=60)
     assert (caught.value.code().name, sentence in str(caught.value.details())) == (code, True)
+
+
+def test_the_playground_shows_what_every_variant_answers(system):
+    system.compose("--profile", "playground", "up", "--detach", "--no-recreate", "playground")
+    try:
+        system.wait_healthy("playground")
+        asked = f"/api/answer?model={MODEL}&row=0"
+        url = f"http://127.0.0.1:{system.environment['PLAYGROUND_PORT']}{asked}"
+        with urllib.request.urlopen(urllib.request.Request(url, b""), timeout=120) as answer:
+            said = [json.loads(line) for line in answer]
+    finally:
+        system.compose("--profile", "playground", "rm", "--stop", "--force", "playground")
+    assert "error" not in said[-1] and "missing" not in said[-1], said[-1]
+    rows = {row["variant"]: row for row in said[-1]["variants"]}
+    assert {"original", "served", "onnx-float32", "tflite-float32"} <= rows.keys()
+    assert not any(row["error"] for row in rows.values())
 
 
 def test_requests_of_one_connection_are_spread_over_replicas(system):
