@@ -171,7 +171,7 @@ def test_the_playground_shows_what_every_variant_answers(system):
         system.compose("--profile", "playground", "rm", "--stop", "--force", "playground")
     assert "error" not in said[-1] and "missing" not in said[-1], said[-1]
     rows = {row["variant"]: row for row in said[-1]["variants"]}
-    assert {"original", "served", "onnx-float32", "tflite-float32"} <= rows.keys()
+    assert {"saved-model", "served", "onnx-float32", "tflite-float32"} <= rows.keys()
     assert not any(row["error"] for row in rows.values())
 
 
