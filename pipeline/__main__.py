@@ -2,45 +2,40 @@
 
 from collections.abc import Callable
 
-import typer
-
 from pipeline.commands import (
+    answering,
     checking,
     housekeeping,
     machine,
     promoting,
     pushing,
+    reporting,
     running,
     scoring,
     shadowing,
     sweeping,
 )
+from service import command_line
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    running.run,
-    sweeping.sweep,
-    housekeeping.status,
-    promoting.promote,
-    promoting.rollback,
-    pushing.push,
-    scoring.score,
-    checking.check,
-    checking.explain,
-    shadowing.shadow,
-    machine.models,
-    machine.doctor,
-    housekeeping.clean,
-    running.deploy,
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Train": (running.run, sweeping.sweep, machine.models),
+    "Prove": (checking.check, checking.explain, reporting.report),
+    "Publish": (promoting.promote, promoting.rollback, pushing.push),
+    "Use": (scoring.score, shadowing.shadow, answering.answer),
+    "This machine": (
+        housekeeping.status,
+        machine.doctor,
+        housekeeping.clean,
+        running.deploy,
+    ),
+}
+app = command_line.program(
+    "Train a TensorFlow network, export it, prove that every export answers like it, publish it."
 )
-app = typer.Typer(
-    help="Train a TensorFlow network, export it, prove that every export answers like it, "
-    "publish it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-for command in COMMANDS:
-    app.command()(command)
+for group, commands in COMMANDS.items():
+    for command in commands:
+        command_line.add(app, command, group=group)
+command_line.add_completion(app, "train-export", group=group)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,23 @@
 
 Never what an alias names, nor a model's newest version, nor what a run is working in, nor what is
 a link or no version or run at all. A version goes by one rename, so that a server sees it whole or
-not at all, and its number stays taken.
+not at all, and its number stays taken. Sweeps go whole too: a table with rows missing compares
+nothing.
 """
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
-from pipeline import files, results, status
+from pipeline import files, results, status, sweep
 from pipeline.errors import BusyError
 from service import aliases, bundle
 from service.errors import ServiceError
@@ -22,6 +27,7 @@ log = logging.getLogger(__name__)
 REMOVING = ".removing-"
 LOCK = ".lock"  # of a model's folder, as `publish` holds it
 PROMOTING = ".promoting"  # as `promote` holds it
+COMBINATION = re.compile(r"[a-z-]+-[0-9a-f]{12}")  # as `sweep` names their folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +39,12 @@ class Removed:
 
 
 def clean(models: Path, runs: Path, *, keep: int, dry_run: bool = False) -> list[Removed]:
-    """Remove all versions and runs of each model but the newest, and results of what is gone.
+    """Remove all versions, runs and sweeps but the newest, and results of what is gone.
 
     Args:
         models: folder of the bundles.
         runs: folder of the runs.
-        keep: how many of each model's versions, and of its runs, stay; at least 1.
+        keep: how many of each model's versions, of its runs and of its sweeps stay; at least 1.
         dry_run: only say what would go; nothing is written, no lock either.
 
     Returns:
@@ -50,6 +56,7 @@ def clean(models: Path, runs: Path, *, keep: int, dry_run: bool = False) -> list
     return [
         *(one for home in _own(status.homes(models)) for one in _versions(home, keep, dry_run)),
         *_runs(runs, keep, dry_run),
+        *_sweeps(runs / sweep.FOLDER, keep, dry_run),
         *_results(runs, dry_run),
     ]
 
@@ -101,6 +108,41 @@ def _runs(runs: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
                 yield _removed(path, dry_run)
         except BusyError:
             log.warning("%s is left as it is: a run is working in it", path)
+
+
+def _sweeps(folder: Path, keep: int, dry_run: bool) -> Iterator[Removed]:
+    """Remove the combinations of old sweeps; the same grid with other values is the same sweep."""
+    found: dict[tuple[str, str], list[Path]] = {}
+    for path in _own(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
+        if COMBINATION.fullmatch(path.name) and (which := _sweep_of(path)):
+            found.setdefault(which, []).append(path)
+    newest = sorted(found, key=lambda one: max(map(status.changed_s, found[one])), reverse=True)
+    of_model: dict[str, int] = {}
+    for which in newest:
+        of_model[which[0]] = of_model.get(which[0], 0) + 1
+        if of_model[which[0]] <= keep:
+            continue
+        with ExitStack() as held:
+            try:
+                for path in sorted(found[which]):
+                    held.enter_context(_alone(path / sweep.LOCK, dry_run))
+            except BusyError as error:
+                log.warning("a sweep in %s is left as it is: %s", folder, error)
+                continue
+            yield from (_removed(path, dry_run) for path in sorted(found[which]))
+
+
+def _sweep_of(combination: Path) -> tuple[str, str] | None:
+    """Return a combination's model, and what all of its sweep have alike; None if it is none."""
+    try:
+        content: dict[str, Any] = json.loads((combination / sweep.JOB).read_bytes())
+        tables, names = content["config"], sorted(content["values"])
+        for name in names:
+            *path, last = name.split(".")
+            del reduce(getitem, path, tables)[last]
+        return str(tables["publishing"]["name"]), json.dumps([names, tables], sort_keys=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _own(paths: Iterable[Path]) -> list[Path]:

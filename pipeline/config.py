@@ -11,11 +11,13 @@ from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # as numpy takes them
+# Strict: else `epochs = true` would be 1.
+Number = Annotated[float, Field(strict=True)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[Number, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32, strict=True)]  # as numpy takes them
 ONNX = r"onnx-(float32|float16|int8)"
 TFLITE = r"tflite-(float32|float16|dynamic-range|int8|int16x8)"
 ServedName = Annotated[str, Field(pattern=rf"^(best|{ONNX})$")]
@@ -54,7 +56,7 @@ class Augmentation:
 
     shift: Share = 0.0  # at most this share of height and of width, each way
     flip: bool = False  # left to right, every second image
-    rotate: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # at most this share of a turn, each way
+    rotate: Annotated[Number, Field(ge=0, le=0.5)] = 0.0  # at most this share of a turn, each way
     zoom: Share = 0.0  # at most this share larger or smaller
     erase: Share = 0.0  # at most this share of the image's area is replaced by noise
 
@@ -77,7 +79,7 @@ class TrainingConfig:
     optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"
     learning_rate: Positive = 1e-3  # Adam's usual one; the highest that `schedule` reaches
     momentum: Share = 0.0  # of sgd and rmsprop
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"
     warmup_share: Share = 0.0  # of all steps, in which the rate rises from 0
     label_smoothing: Share = 0.0
@@ -101,10 +103,10 @@ class GateConfig:
 
     __pydantic_config__ = STRICT
 
-    min_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.88  # on the test images
+    min_accuracy: Annotated[Number, Field(ge=0, le=1)] = 0.88  # on the test images
     max_loss: Positive | None = None  # on the test rows; None: any
     champion: bool = True  # refuse what is less accurate than the version that `champion` names
-    champion_p: Annotated[float, Field(gt=0, lt=1)] = 0.05  # McNemar's p from which on it is chance
+    champion_p: Annotated[Number, Field(gt=0, lt=1)] = 0.05  # McNemar's p that is chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,8 +329,13 @@ def single(assignment: str) -> dict[str, Any]:
         found = tomllib.loads(f"value = {value}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
         found = value
-    tables: Any = found
-    for part in reversed(name.strip().split(".")):
+    return nested(name.strip(), found)
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401  what settings are
+    """Return the tables that TOML has for a setting, by its name with dots."""
+    tables = value
+    for part in reversed(name.split(".")):
         tables = {part: tables}
     return dict(tables)
 
@@ -351,7 +358,7 @@ def learnt_from(text: str, source: Path | None) -> DataConfig:
         ConfigError: it is not a configuration that this version can read.
     """
     tables: dict[str, Any] = json.loads(text) if text else {"preset": "quick"}
-    then = build(str(tables.pop("preset")), tables).data
+    then = build(str(tables["preset"]), tables).data
     return replace(then, source=source.absolute()) if source else then
 
 

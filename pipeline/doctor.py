@@ -138,10 +138,12 @@ def convolved(images: NDArray[np.float32], kernels: NDArray[np.float32]) -> NDAr
 
 def room(folder: Path) -> Finding:
     """Say how much room there is where a folder is, or will be."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     found = f"{free / 1e9:.1f} GB free"
     name = f"disk of {folder}"
+    if not there.is_dir():
+        return Finding(name, "no folder", f"{there} is no folder; name another place")
     if not os.access(there, os.W_OK):
         return Finding(name, found, f"{there} cannot be written to; name another folder")
     if free < NEEDED_BYTES:

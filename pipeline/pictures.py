@@ -1,5 +1,6 @@
 """Turn picture files into pixels to learn from, by the code with which the server reads them."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,24 @@ def read(path: Path, channels: int | None = None) -> Image.Image:
         DatasetError: it cannot be read, or is too large.
     """
     try:
-        return upright(path, channels)
+        picture = upright(path, channels)
     except PictureError as error:
         raise DatasetError(str(error)) from error
+    _check_end(path)
+    return picture
+
+
+def _check_end(path: Path) -> None:
+    """Refuse a PNG that was cut off: Pillow asks for no more than it has pixels to fill."""
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:
+        if opened.format != "PNG":
+            return
+        try:
+            opened.verify()  # reads on to the last chunk, and holds each to its checksum
+        except (OSError, SyntaxError) as error:
+            raise DatasetError(
+                f"{path} is damaged or was cut off: {error}; copy or make it again"
+            ) from error
 
 
 def pixels(picture: Image.Image) -> NDArray[np.uint8]:

@@ -104,7 +104,7 @@ def combinations(
     found = []
     for chosen in itertools.product(*choices):
         values = dict(zip(names, chosen, strict=True))
-        tables = [_table(name, value) for name, value in values.items()]
+        tables = [config.nested(name, value) for name, value in values.items()]
         found.append(Combination(values, config.build(preset, *layers, *tables)))
     return found
 
@@ -216,7 +216,7 @@ def _train(folder: Path) -> None:
     if _kept(folder, content["key"]) is not None:
         return
     tables = content["config"]
-    chosen = config.build(tables.pop("preset"), tables)
+    chosen = config.build(tables["preset"], tables)
     from pipeline import evaluate, train  # noqa: PLC0415  TensorFlow
 
     data = dataset.prepare(chosen.data)
@@ -309,13 +309,6 @@ def _values(name: str, text: str) -> list[Any]:
 
 def _value(word: str) -> Any:  # noqa: ANN401  what settings are
     return config.single(f"value={word}")["value"]
-
-
-def _table(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401  what settings are
-    tables = value
-    for one in reversed(name.split(".")):
-        tables = {one: tables}
-    return dict(tables)
 
 
 def differing(found: Sequence[Combination]) -> Iterator[Config]:

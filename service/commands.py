@@ -1,82 +1,133 @@
 """The commands of `serve-export`: serve a repository, ask a server, read its parity and health.
 
-Exit status: 0 done, or stopped cleanly; 1 refused, with one sentence that says why; 2 wrong
-options. Only this module prints, and `service.tables` for it. What a server does not need is
-imported where it is used: it should start at once.
+Exit statuses are those of `service.command_line`. Only this module prints, and `service.tables` for
+it. What a server does not need is imported where it is used: it should start at once.
 """
 
 import inspect
 import json
 import os
-from dataclasses import MISSING, Field, asdict, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from service import launch
+from service import command_line, launch
 from service.errors import ServiceError
 from service.launch import TOKEN
 from service.settings import ENVIRONMENT_PREFIX, Settings, place
 
 if TYPE_CHECKING:
     from service.client import Client
+    from service.connection import Tls
 
-app = typer.Typer(
-    help="Serve published bundles over gRPC, and ask a server about images and its parity.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+app = command_line.program(
+    "Serve published bundles over gRPC, and ask a server about images and its parity."
 )
+SERVE, ASK, MACHINE = "Serve", "Ask a server", "This machine"
+CONNECTION = "Connection"
+STOPPED = 130
+PART_ROWS = 64  # pictures of one request; servers take 256 unless they were told otherwise
 ADDRESS = str(Settings.__dataclass_fields__["address"].default)
 Address = Annotated[
     str,
     typer.Option(
-        "--address", envvar=f"{ENVIRONMENT_PREFIX}ADDRESS", help="HOST:PORT of the server."
+        "--address",
+        envvar=f"{ENVIRONMENT_PREFIX}ADDRESS",
+        help="HOST:PORT of the server.",
+        rich_help_panel=CONNECTION,
     ),
 ]
-UseTls = Annotated[bool, typer.Option("--tls", help="The server speaks TLS.")]
+UseTls = Annotated[
+    bool, typer.Option("--tls", help="The server speaks TLS.", rich_help_panel=CONNECTION)
+]
 TlsCa = Annotated[
     Path | None,
-    typer.Option(help="Who signed its certificate, PEM; by default who the system trusts."),
+    typer.Option(
+        help="Who signed its certificate, PEM; by default who the system trusts.",
+        rich_help_panel=CONNECTION,
+    ),
 ]
 TlsCert = Annotated[
-    Path | None, typer.Option(help="Our own certificate, PEM, for a server that asks for one.")
+    Path | None,
+    typer.Option(
+        help="Our own certificate, PEM, for a server that asks for one.",
+        rich_help_panel=CONNECTION,
+    ),
 ]
-TlsKey = Annotated[Path | None, typer.Option(help="The key of that certificate, PEM.")]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(help="The key of that certificate, PEM.", rich_help_panel=CONNECTION),
+]
 TokenFile = Annotated[
-    Path | None, typer.Option(help=f"File with our token; or the variable {TOKEN}.")
+    Path | None,
+    typer.Option(help=f"File with our token; or the variable {TOKEN}.", rich_help_panel=CONNECTION),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
+def _models(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete the name of a model in the repository of this host."""
+    return command_line.beginning(command_line.models(_repository(context)), incomplete)
+
+
+def _versions(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete a version of the model that was named before it."""
+    model = str(context.params.get("model") or "")
+    return command_line.beginning(command_line.versions(_repository(context), model), incomplete)
+
+
+def _aliases(incomplete: str) -> list[str]:
+    return command_line.beginning(["champion", "candidate"], incomplete)
+
+
+def _repository(context: typer.Context) -> Path:
+    named = context.params.get("repository") or os.environ.get(f"{ENVIRONMENT_PREFIX}REPOSITORY")
+    return Path(named or "models")
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """End with one sentence whatever is refused inside the block, and at Ctrl-C."""
+    try:
+        yield
+    except (ServiceError, ValueError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("stopped", status=STOPPED)
+
+
 def serve(**options: Any) -> None:  # noqa: ANN401  typer passes what Settings declares
-    """Serve the bundles in a folder over gRPC until SIGTERM or Ctrl-C.
+    """Serve the bundles in a folder, or behind a URL, over gRPC.
 
     Prints one line, `serving on HOST:PORT`, once a model has passed its self-check on this host;
     the log goes to standard error. A version that fails is refused and the rest are served; a new
     one takes the place of the old without a request being lost. Stopping answers what was
-    accepted; a second signal does not wait.
+    accepted, until SIGTERM or Ctrl-C; a second signal does not wait.
 
     Each option is also an environment variable: --address is SERVE_EXPORT_ADDRESS. Options win.
     Tokens may come from SERVE_EXPORT_TOKEN and SERVE_EXPORT_ADMIN_TOKEN as well as from files.
 
     Exit status: 0 stopped cleanly, 1 could not start, 2 wrong options.
 
+    Example: serve-export serve --repository models
+
     Example: serve-export serve --repository models --metrics-address 127.0.0.1:8002
+
+    Example: serve-export serve --repository s3://bucket/models --address 0.0.0.0:8001
+    --tls-cert server.pem --tls-key server.key --token-file tokens
     """
-    try:
+    with _sentences():
         launch.serve(Settings(**options))
-    except ServiceError as error:
-        fail(error)
 
 
 def worker(*, index: int, statistics: Path, **options: Any) -> None:  # noqa: ANN401
     """Be one of several servers on an address; started by `serve --workers`."""
-    try:
+    with _sentences():
         launch.work(Settings(**options), index=index, statistics=statistics)
-    except ServiceError as error:
-        fail(error)
 
 
 def _options() -> list[inspect.Parameter]:
@@ -103,7 +154,7 @@ def _option(field: Field[Any]) -> inspect.Parameter:
 
 
 serve.__signature__ = inspect.Signature(_options())  # type: ignore[attr-defined]
-app.command()(serve)
+command_line.add(app, serve, group=SERVE)
 own = [
     inspect.Parameter(
         name,
@@ -117,26 +168,29 @@ app.command(hidden=True)(worker)
 
 
 def doctor(*, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Say what this host, these settings and the repository are like, and what to mend.
+    """Say what host, settings and repository are like; what to mend.
 
-    Takes the options of `serve` and starts nothing. Exit status: 1 if something should be mended.
+    Takes the options of `serve`, starts nothing and writes nothing.
+
+    Exit status: 0 all is well, 1 something should be mended, 2 wrong options, 130 stopped with
+    Ctrl-C.
+
+    Example: serve-export doctor --repository models
 
     Example: serve-export doctor --repository models --tls-cert server.pem --tls-key server.key
     """
     from service.doctor import examine  # noqa: PLC0415  onnxruntime: only for who asks
 
-    try:
+    with _sentences():
         findings = examine(Settings(**options))
-    except ServiceError as error:
-        fail(error)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
         from service import tables  # noqa: PLC0415  only for who reads
 
         tables.show_findings(findings)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
+    if wrong := [finding.area for finding in findings if not finding.ok]:
+        fail(f"mend {', '.join(dict.fromkeys(wrong))}; doctor says how")
 
 
 doctor.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -147,55 +201,73 @@ doctor.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         *_options(),
     ]
 )
-app.command()(doctor)
 
 
-@app.command()
 def alias(
-    model: Annotated[str, typer.Argument(help="Name of the model.")],
-    name: Annotated[str, typer.Argument(help="The alias, such as champion.")],
+    model: Annotated[str, typer.Argument(help="Name of the model.", autocompletion=_models)],
+    name: Annotated[
+        str, typer.Argument(help="The alias, such as champion.", autocompletion=_aliases)
+    ],
     version: Annotated[
-        int | None, typer.Argument(help="The version it points at; none removes it.")
+        int | None,
+        typer.Argument(help="The version it points at; none removes it.", autocompletion=_versions),
     ] = None,
     repository: Annotated[
-        Path, typer.Option(envvar=f"{ENVIRONMENT_PREFIX}REPOSITORY", help="Folder of bundles.")
-    ] = Path("models"),
+        str, typer.Option(envvar=f"{ENVIRONMENT_PREFIX}REPOSITORY", help="Folder of bundles.")
+    ] = "models",
+    as_json: AsJson = False,
 ) -> None:
-    """Point an alias of a model at one of its versions; servers that watch the folder follow.
+    """Point an alias of a model at one of its versions.
 
-    The champion answers requests that name no version. Pointing it back is a rollback.
+    Servers that watch the folder follow. The champion answers requests that name no version;
+    pointing it back is a rollback. Behind a URL aliases are set by train-export push --alias.
 
     Example: serve-export alias fashion-mnist champion 3
+
+    Example: serve-export alias fashion-mnist candidate --repository /srv/models --json
     """
     from service import aliases, bundle  # noqa: PLC0415  none of it to print the help
 
     if not bundle.NAME.fullmatch(model):
         fail(f"{model!r} is not the name of a model")
-    folder = repository / model
-    try:
-        with aliases.changing(folder):
-            named = aliases.read(folder)
-            before = named.pop(name, None)
-            if version is not None:
-                named[name] = version
-            aliases.write(folder, named)
-    except ServiceError as error:
-        fail(error)
+    root = place(repository)
+    if isinstance(root, str):
+        fail(
+            f"{root} is an address, and alias changes folders of this host; to point one at a "
+            f"version there: train-export push {model} {version or 'VERSION'} --to {root} "
+            f"--alias {name}"
+        )
+    folder = root / model
+    with _sentences(), aliases.changing(folder):
+        named = aliases.read(folder)
+        before = named.pop(name, None)
+        if version is not None:
+            named[name] = version
+        aliases.write(folder, named)
+    if as_json:
+        print_json({"model": model, "alias": name, "version": version, "before": before})
+        return
     was = f"version {before}" if before else "not set"
     print(f"{model} {name}: {f'version {version}' if version else 'not set'} (was {was})")
 
 
-@app.command()
 def predict(  # noqa: PLR0913  one parameter an option
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="PNG or JPEG files of any size.")
     ],
     address: Address = ADDRESS,
     model: Annotated[
-        str, typer.Option(help="Name of the model; unneeded while the server has one.")
+        str,
+        typer.Option(
+            help="Name of the model; unneeded while the server has one.", autocompletion=_models
+        ),
     ] = "",
     version: Annotated[
-        str, typer.Option(help="Its version; by default the champion, else the highest.")
+        str,
+        typer.Option(
+            help="Its version; by default the champion, else the highest.",
+            autocompletion=_versions,
+        ),
     ] = "",
     tls: UseTls = False,
     tls_ca: TlsCa = None,
@@ -213,53 +285,94 @@ def predict(  # noqa: PLR0913  one parameter an option
     A picture is turned upright, laid on black where it is transparent, made gray or RGB as the
     model asks, fitted into the model's size with its proportions kept, and centred on black.
 
+    Exit status: 0 all were answered, 1 a file is no picture or the server refused, 2 wrong options,
+    130 stopped with Ctrl-C.
+
     Example: serve-export predict shirt.png --invert
+
+    Example: serve-export predict *.png --address server:8001 --model fashion-mnist --json
     """
-    import numpy as np  # noqa: PLC0415  none of these to print the help
+    from service import tables  # noqa: PLC0415  none of it to print the help
 
-    from service import pictures, tables  # noqa: PLC0415
-
-    try:
-        with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
-            model = model or _only_model(client)
-            shape = tuple(client.metadata(model, version).inputs[0].shape[1:])
-            if len(shape) != 3:  # noqa: PLR2004  height, width, channels
-                fail(f"{model} takes tensors of shape {shape}, not pictures")
-            pixels = [pictures.read(path, shape, invert=invert) for path in images]
-            answer = client.predict(np.stack(pixels), model=model, version=version)
-    except ServiceError as error:
-        fail(error)
-    rows = [
-        sorted(zip(answer.labels, map(float, row), strict=True), key=lambda pair: -pair[1])
-        for row in answer.probabilities
-    ]
+    with (
+        _sentences(),
+        _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client,
+        command_line.progress("asking") as show,
+    ):
+        model = model or _only_model(client)
+        show(0, len(images))
+        answered = []
+        for one in _answers(client, images, model, version, invert=invert):
+            answered.append(one)
+            show(len(answered))
     if as_json:
         print_json(
             [
                 {
-                    "image": str(path),
-                    "model": answer.model,
-                    "version": answer.version,
-                    "probabilities": dict(row),
+                    "image": str(one.path),
+                    "model": one.model,
+                    "version": one.version,
+                    "probabilities": dict(one.row),
                 }
-                for path, row in zip(images, rows, strict=True)
+                for one in answered
             ]
         )
         return
-    title = f"{answer.model} version {answer.version}"
-    tables.show_predictions(title, list(zip(images, rows, strict=True)), top=top)
-    if not invert and any(pictures.has_light_border(one) for one in pixels):
+    for title in dict.fromkeys(one.title for one in answered):  # two, if it was changed meanwhile
+        rows = [(one.path, one.row) for one in answered if one.title == title]
+        tables.show_predictions(title, rows, top=top)
+    if not invert and any(one.light for one in answered):
         tables.console.print(
             "A picture has a light border; if the model learnt light things on black, "
             "as Fashion-MNIST's are, add --invert."
         )
 
 
-@app.command()
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """What a server says about one picture."""
+
+    path: Path
+    model: str
+    version: str
+    row: list[tuple[str, float]]  # labels and their probabilities, the likeliest first
+    light: bool  # whether the picture has a light border
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} version {self.version}"
+
+
+def _answers(
+    client: "Client", paths: list[Path], model: str, version: str, *, invert: bool
+) -> Iterator[_Answered]:
+    """Read pictures and ask for them, some in each request."""
+    import numpy as np  # noqa: PLC0415  none of these to print the help
+
+    from service import pictures  # noqa: PLC0415
+
+    shape = tuple(client.metadata(model, version).inputs[0].shape[1:])
+    if len(shape) != 3:  # noqa: PLR2004  height, width, channels
+        fail(f"{model} takes tensors of shape {shape}, not pictures")
+    for start in range(0, len(paths), PART_ROWS):
+        part = paths[start : start + PART_ROWS]
+        pixels = [pictures.read(path, shape, invert=invert) for path in part]
+        answer = client.predict(np.stack(pixels), model=model, version=version)
+        for path, picture, row in zip(part, pixels, answer.probabilities, strict=True):
+            pairs = zip(answer.labels, map(float, row), strict=True)
+            likeliest = sorted(pairs, key=lambda pair: -pair[1])
+            light = pictures.has_light_border(picture)
+            yield _Answered(path, answer.model, answer.version, likeliest, light)
+
+
 def parity(  # noqa: PLR0913  one parameter an option
     address: Address = ADDRESS,
-    model: Annotated[str, typer.Option(help="Name of the model; by default all.")] = "",
-    version: Annotated[str, typer.Option(help="Its version; needs --model.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Name of the model; by default all.", autocompletion=_models)
+    ] = "",
+    version: Annotated[
+        str, typer.Option(help="Its version; needs --model.", autocompletion=_versions)
+    ] = "",
     tls: UseTls = False,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
@@ -270,27 +383,31 @@ def parity(  # noqa: PLR0913  one parameter an option
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a server says about its own parity with the original TensorFlow model.
+    """Show what a server says about its parity with the original.
 
-    One row a variant, measured over the whole test set when the bundle was made; the served row
-    over gRPC before it was published; the self-check on the server's host when it loaded it; the
-    live row by what a shadow (train-export shadow) reports of answered requests.
+    The original is the TensorFlow model that the bundle was made from. One row a variant, measured
+    over the whole test set when the bundle was made; the served row over gRPC before it was
+    published; the self-check on the server's host when it loaded it; the live row by what a shadow
+    (train-export shadow) reports of answered requests.
 
-    Ends with status 1 when a self-check or a live verdict failed.
+    Exit status: 0 it holds, 1 a self-check or a live verdict failed, or nobody answered, 2 wrong
+    options, 130 stopped with Ctrl-C.
+
+    Example: serve-export parity
 
     Example: serve-export parity --address 127.0.0.1:8001 --watch
+
+    Example: serve-export parity --model fashion-mnist --version 3 --json
     """
     from service import tables, watching  # noqa: PLC0415  none of these to print the help
 
-    try:
-        with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
-            if watch:
-                watching.watch(lambda: client.watch_parity(model, version), as_json=as_json)
-            answer = client.parity(model, version)
-    except ServiceError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    with (
+        _sentences(),
+        _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client,
+    ):
+        if watch:
+            watching.watch(lambda: client.watch_parity(model, version), as_json=as_json)
+        answer = client.parity(model, version)
     if as_json:
         print(watching.as_line(answer, indent=2))
     else:
@@ -299,7 +416,6 @@ def parity(  # noqa: PLR0913  one parameter an option
         fail("; ".join(failures))
 
 
-@app.command()
 def health(  # noqa: PLR0913  one parameter an option
     address: Address = ADDRESS,
     ready: Annotated[bool, typer.Option("--ready", help="It must take requests as well.")] = False,
@@ -312,10 +428,15 @@ def health(  # noqa: PLR0913  one parameter an option
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_name: Annotated[
-        str, typer.Option(help="Host that its certificate is for, if not the one of --address.")
+        str,
+        typer.Option(
+            help="Host that its certificate is for, if not the one of --address.",
+            rich_help_panel=CONNECTION,
+        ),
     ] = "",
+    as_json: AsJson = False,
 ) -> None:
-    """Say whether a server is live, or ready: for containers and probes.
+    """Say whether a server is live, or ready, for probes.
 
     Live is whatever answers, with a model or without, and while it stops. Needs no token. An
     address to listen on everywhere, as in SERVE_EXPORT_ADDRESS=0.0.0.0:8001, is asked on this
@@ -324,6 +445,8 @@ def health(  # noqa: PLR0913  one parameter an option
     Exit status: 0 it is, 1 it is not, 2 wrong options.
 
     Example: serve-export health --ready
+
+    Example: serve-export health --address server:8001 --tls-ca ca.pem --json
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would say is in our sentence
     from service import probe  # noqa: PLC0415  gRPC: only for who asks
@@ -339,10 +462,67 @@ def health(  # noqa: PLR0913  one parameter an option
         tls_key=tls_key,
         tls_name=tls_name,
     )
+    with _sentences():
+        state = probe.ask(question)
+    if as_json:
+        print_json({"address": address, "state": state})
+    else:
+        print(state)
+
+
+def playground(  # noqa: PLR0913  one parameter an option
+    address: Address = ADDRESS,
+    models: Annotated[
+        Path | None,
+        typer.Option(help="The server's repository, for test images and the other variants."),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="NAME/VERSION in it, instead of all of them.")
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(help="HOST:PORT of the page; port 0 picks a free one.")
+    ] = "127.0.0.1:7860",
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Serve a web page to try a served model on.
+
+    Draw, upload or pick an image: the page shows what the server answers, where the time went, and
+    what every other variant and the original answer, and the server's load and parity while it
+    serves. The variants need --models or --bundle, and train-export[pipeline] beside this command.
+    The page loads nothing from elsewhere. Whoever reaches --listen may ask the server with our
+    token.
+
+    Exit status: 0 stopped with SIGTERM or Ctrl-C, 1 could not start, 2 wrong options.
+
+    Example: serve-export playground --models models
+
+    Example: serve-export playground --address server:8001 --tls-ca ca.pem --token-file token
+    """
+    if models is not None and bundle is not None:
+        fail("give --models or --bundle, not both", status=2)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would say is on the page
     try:
-        print(probe.ask(question))
-    except (ServiceError, ValueError) as error:
-        fail(error)
+        from service.playground import launch as page  # noqa: PLC0415  not for who only serves
+    except ImportError as error:
+        fail(f"{error.name} is not installed; the page needs train-export[playground]")
+    from service.aio_client import AsyncClient  # noqa: PLC0415
+    from service.playground.bundles import Bundles  # noqa: PLC0415
+
+    with _sentences():
+        secured, token = _secrets(tls, tls_ca, (tls_cert, tls_key), token_file)
+        client = AsyncClient(address, tls=secured, token=token)
+        page.run(client, address, Bundles(models, bundle), listen=listen, announce=print)
+
+
+command_line.add(app, alias, group=SERVE)
+for command in (predict, parity, health, playground):
+    command_line.add(app, command, group=ASK)
+command_line.add(app, doctor, group=MACHINE)
+command_line.add_completion(app, "serve-export", group=MACHINE)
 
 
 def _client(
@@ -353,16 +533,23 @@ def _client(
     token_file: Path | None,
 ) -> "Client":
     """Return a client that shows what a secured server asks for."""
+    from service.client import Client  # noqa: PLC0415  gRPC: only for who asks
+
+    with _sentences():
+        secured, token = _secrets(tls, ca, pair, token_file)
+        return Client(address, tls=secured, token=token)
+
+
+def _secrets(
+    tls: bool, ca: Path | None, pair: tuple[Path | None, Path | None], token_file: Path | None
+) -> tuple["Tls | None", str | None]:
+    """Return what a secured server asks for: certificates and a token."""
     from service import access  # noqa: PLC0415  gRPC: only for who asks
-    from service.client import Client  # noqa: PLC0415
     from service.connection import Tls  # noqa: PLC0415
 
-    try:
-        tokens = access.read_tokens(token_file, "" if token_file else os.environ.get(TOKEN, ""))
-        secured = Tls(ca=ca, certificate=pair[0], key=pair[1]) if tls or ca or any(pair) else None
-        return Client(address, tls=secured, token=tokens[0] if tokens else None)
-    except (ServiceError, ValueError) as error:
-        fail(error)
+    tokens = access.read_tokens(token_file, "" if token_file else os.environ.get(TOKEN, ""))
+    secured = Tls(ca=ca, certificate=pair[0], key=pair[1]) if tls or ca or any(pair) else None
+    return secured, tokens[0] if tokens else None
 
 
 def _only_model(client: "Client") -> str:
@@ -377,9 +564,9 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def fail(reason: object) -> NoReturn:
-    """End with status 1 and one sentence on standard error."""
+def fail(reason: object, *, status: int = 1) -> NoReturn:
+    """End with a status and one sentence on standard error."""
     from service import tables  # noqa: PLC0415  only for who is refused
 
     tables.show_refusal(reason)
-    raise typer.Exit(1)
+    raise typer.Exit(status)

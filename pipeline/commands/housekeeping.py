@@ -1,6 +1,5 @@
 """See what there is, and remove what is old: `status` and `clean`."""
 
-import json
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.commands.options import AsJson, Models, Runs
-from pipeline.commands.terminal import log_plainly, sentences
+from pipeline.commands.terminal import log_plainly, print_json, sentences
 
 if TYPE_CHECKING:
     from pipeline.status import Run, Version
@@ -23,9 +22,14 @@ WHOLE = {"published", "changed", "size"}  # columns that are never broken
 def status(
     models: Models = Path("models"), runs: Runs = Path("runs"), as_json: AsJson = False
 ) -> None:
-    """Show what is published, under which aliases, and how far each run is.
+    """Show what is published, and how far each run is.
 
-    Example: train-export status --models /srv/models
+    Reads the two folders and starts nothing: versions with their aliases, accuracy, size and
+    parity; runs with their epochs and what came of them.
+
+    Example: train-export status
+
+    Example: train-export status --models /srv/models --runs /srv/runs --json
     """
     from pipeline import status  # noqa: PLC0415  not to print the help
 
@@ -36,7 +40,7 @@ def status(
             "versions": [asdict(version) for version in versions],
             "runs": [asdict(run) | {"folder": str(run.folder)} for run in found],
         }
-        print(json.dumps(tables, indent=1))
+        print_json(tables)
         return
     console = Console()
     if versions:
@@ -51,7 +55,8 @@ def status(
 
 def clean(
     keep: Annotated[
-        int, typer.Option(min=1, help="How many of each model's versions, and of its runs, stay.")
+        int,
+        typer.Option(min=1, help="How many of each model's versions, of its runs and sweeps stay."),
     ],
     models: Models = Path("models"),
     runs: Runs = Path("runs"),
@@ -60,11 +65,14 @@ def clean(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove old versions and the folders of old runs, and print what went.
+    """Remove old versions, and what old runs and sweeps left.
 
-    What an alias names stays, and so do a model's newest version and what a run is working in.
+    Prints what went. What an alias names stays, and so do a model's newest version, what a run is
+    working in, and whatever is no version, run or sweep. A sweep stays whole or goes whole.
 
     Example: train-export clean --keep 3 --dry-run
+
+    Example: train-export clean --keep 3 --models /srv/models --runs /srv/runs --json
     """
     from pipeline import cleaning  # noqa: PLC0415  not to print the help
 
@@ -72,7 +80,7 @@ def clean(
     with sentences("stopped; what was named so far is gone, the rest is whole"):
         went = cleaning.clean(models, runs, keep=keep, dry_run=dry_run)
     if as_json:
-        print(json.dumps([{"path": str(one.path), "size_bytes": one.size_bytes} for one in went]))
+        print_json([{"path": str(one.path), "size_bytes": one.size_bytes} for one in went])
         return
     for one in went:
         print(f"{one.path}  {_size(one.size_bytes)}")

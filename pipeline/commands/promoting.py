@@ -6,27 +6,43 @@ from typing import Annotated
 import typer
 
 from pipeline import config, dataset
-from pipeline.commands.options import Data, Models, TlsCa, TokenFile, UseTls
-from pipeline.commands.terminal import log_plainly, quietly, sentences
+from pipeline.commands.options import (
+    AsJson,
+    Data,
+    Models,
+    Name,
+    TlsCa,
+    TokenFile,
+    UseTls,
+    Version,
+)
+from pipeline.commands.terminal import log_plainly, print_json, quietly, sentences
 from service import bundle
 
 
 def promote(  # noqa: PLR0913  one parameter an option
-    name: Annotated[str, typer.Argument(help="Of the model.")],
-    version: Annotated[int, typer.Argument(min=1)],
+    name: Name,
+    version: Version,
     endpoint: Annotated[list[str], typer.Option(help="HOST:PORT that serves it; may be repeated.")],
     models: Models = Path("models"),
     data: Data = None,
     tls: UseTls = False,
     tls_ca: TlsCa = None,
     token_file: TokenFile = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Make a published version the champion, if the deployment answers like its original.
+    """Make a version the champion, if its deployment proves itself.
 
-    Every endpoint is asked for all test images, by the version's number; what was measured is
-    written to models/NAME/records. If one does not hold, the champion stays what it was.
+    Every endpoint is asked for all test images, by the version's number, and held against the
+    original; what was measured is written to models/NAME/records. If one does not hold, the
+    champion stays what it was. Needs the data that the version was trained on, and TensorFlow.
+
+    Exit status: 0 it is the champion, 1 an endpoint does not hold or cannot be asked, 2 wrong
+    options, 130 stopped with Ctrl-C.
 
     Example: train-export promote fashion-mnist 3 --endpoint 127.0.0.1:8001
+
+    Example: train-export promote fashion-mnist 3 --endpoint a:8001 --endpoint b:8001 --json
     """
     from pipeline import status  # noqa: PLC0415  not to print the help
     from pipeline.endpoint import Endpoint  # noqa: PLC0415
@@ -41,17 +57,25 @@ def promote(  # noqa: PLR0913  one parameter an option
             from pipeline import promote  # noqa: PLC0415
         learnt_from = config.learnt_from(bundle.read_manifest(path).training.config, data)
         record = promote.promote(path, dataset.prepare(learnt_from), servers)
+    if as_json:
+        print_json({"model": name, "champion": version, "record": str(record)})
+        return
     print(f"champion: {name} {version}")
     print(f"record:   {record}")
 
 
 def rollback(
-    name: Annotated[str, typer.Argument(help="Of the model.")],
+    name: Name,
     models: Models = Path("models"),
+    as_json: AsJson = False,
 ) -> None:
-    """Give the alias champion back to the version that had it before.
+    """Give the alias champion back to the version before.
+
+    Asks no server: those that watch the folder follow. A version that is gone is not gone back to.
 
     Example: train-export rollback fashion-mnist
+
+    Example: train-export rollback fashion-mnist --models /srv/models --json
     """
     from pipeline import status  # noqa: PLC0415  not to print the help
 
@@ -60,4 +84,7 @@ def rollback(
         with quietly():
             from pipeline import promote  # noqa: PLC0415
         before, now = promote.rollback(home)
+    if as_json:
+        print_json({"model": name, "champion": now, "before": before})
+        return
     print(f"champion: {name} {now}, was {before}")

@@ -14,9 +14,23 @@ import typer
 from rich.console import Console
 
 from pipeline import config, dataset
-from pipeline.commands.options import SOURCE, Models, TlsCa, TokenFile, UseTls
-from pipeline.commands.terminal import REFUSED, fail, quietly, sentences
+from pipeline.commands.options import (
+    CONNECTION,
+    LEARN,
+    PUBLISH,
+    SOURCE,
+    TRAIN,
+    AsJson,
+    Models,
+    TlsCa,
+    TokenFile,
+    UseTls,
+    networks,
+    presets,
+)
+from pipeline.commands.terminal import REFUSED, fail, print_json, quietly, sentences
 from pipeline.errors import ConfigError
+from service import command_line
 
 # What a run without a Prefect server needs; the environment wins, prefect.toml says the same.
 PREFECT = {
@@ -34,74 +48,144 @@ STOPPED = (
 )
 
 
+def _kinds(incomplete: str) -> list[str]:
+    kinds = ["fashion-mnist", "idx", "npz", "pictures", "line"]
+    return command_line.beginning(kinds, incomplete)
+
+
+def _loops(incomplete: str) -> list[str]:
+    return command_line.beginning(["fit", "tape"], incomplete)
+
+
+def _served(incomplete: str) -> list[str]:
+    served = ["best", "onnx-float32", "onnx-float16", "onnx-int8"]
+    return command_line.beginning(served, incomplete)
+
+
 def run(  # noqa: PLR0913  one parameter an option
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"One of: {', '.join(config.PRESETS)}; by default that of --config, else quick."
+            help=f"One of: {', '.join(config.PRESETS)}; by default that of --config, else quick.",
+            rich_help_panel=TRAIN,
+            autocompletion=presets,
         ),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--config", help="TOML of settings over the preset's, a table a stage."),
+        typer.Option(
+            "--config",
+            help="TOML of settings over the preset's, a table a stage.",
+            rich_help_panel=TRAIN,
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", help="SECTION.NAME=VALUE, any setting; may be repeated."),
+        typer.Option(
+            "--set", help="SECTION.NAME=VALUE, any setting; may be repeated.", rich_help_panel=TRAIN
+        ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help=f"{SOURCE} The variable TRAIN_EXPORT_DATA is asked after --config."),
+        typer.Option(
+            help=f"{SOURCE} The variable TRAIN_EXPORT_DATA is asked after --config.",
+            rich_help_panel=LEARN,
+        ),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="Of the data: fashion-mnist, idx, npz, pictures or line; else as found."),
+        typer.Option(
+            help="Of the data: fashion-mnist, idx, npz, pictures or line; else as found.",
+            rich_help_panel=LEARN,
+            autocompletion=_kinds,
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the model that is published.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model that is published.", rich_help_panel=PUBLISH)
+    ] = None,
     network: Annotated[
-        str | None, typer.Option(help="As `train-export models` lists them, or module:function.")
+        str | None,
+        typer.Option(
+            help="As `train-export models` lists them, or module:function.",
+            rich_help_panel=TRAIN,
+            autocompletion=networks,
+        ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="fit: Keras' own loop; tape: ours with tf.GradientTape.")
+        str | None,
+        typer.Option(
+            help="fit: Keras' own loop; tape: ours with tf.GradientTape.",
+            rich_help_panel=TRAIN,
+            autocompletion=_loops,
+        ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training rows; by default the preset's.")
+        int | None,
+        typer.Option(
+            help="Passes over the training rows; by default the preset's.", rich_help_panel=TRAIN
+        ),
     ] = None,
-    batch_rows: Annotated[int | None, typer.Option(help="Of a training step.")] = None,
+    batch_rows: Annotated[
+        int | None, typer.Option(help="Of a training step.", rich_help_panel=TRAIN)
+    ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The highest that the schedule reaches.")
+        float | None,
+        typer.Option(help="The highest that the schedule reaches.", rich_help_panel=TRAIN),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, order and dropout.", rich_help_panel=TRAIN)
+    ] = None,
     serve: Annotated[
         str | None,
-        typer.Option(help="The ONNX variant to serve; best: the fastest within its budget here."),
+        typer.Option(
+            help="The ONNX variant to serve; best: the fastest within its budget here.",
+            rich_help_panel=PUBLISH,
+            autocompletion=_served,
+        ),
     ] = None,
     models: Annotated[
-        Path | None, typer.Option(help="Folder to publish into; by default models.")
+        Path | None,
+        typer.Option(help="Folder to publish into; by default models.", rich_help_panel=PUBLISH),
     ] = None,
     runs: Annotated[
         Path | None,
-        typer.Option(help="Folder of checkpoints and exports, one a run; by default runs."),
+        typer.Option(
+            help="Folder of checkpoints and exports, one a run; by default runs.",
+            rich_help_panel=PUBLISH,
+        ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Train anew where an earlier run could be resumed.")
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Train anew where an earlier run could be resumed.",
+            rich_help_panel=TRAIN,
+        ),
     ] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write its logs into the run's folder.")
+        bool,
+        typer.Option(
+            "--tensorboard", help="Write its logs into the run's folder.", rich_help_panel=TRAIN
+        ),
     ] = False,
     endpoint: Annotated[
         list[str] | None,
-        typer.Option(help="HOST:PORT that serves --models; asked before the alias champion moves."),
+        typer.Option(
+            help="HOST:PORT that serves --models; asked before the alias champion moves.",
+            rich_help_panel=CONNECTION,
+        ),
     ] = None,
     tls: UseTls = False,
     tls_ca: TlsCa = None,
     token_file: TokenFile = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the flow train-export here: train, evaluate, export, check parity, serve, publish.
+    """Train, export, prove parity, serve once, and publish.
 
-    Nothing is published unless the model passes its accuracy gate, every export answers all test
-    rows within its budget, and so does a real server over gRPC. Without a Prefect server
-    (PREFECT_API_URL) the flow starts one of its own for as long as it runs.
+    Runs the flow train-export here. Nothing is published unless the model passes its accuracy
+    gate, every export answers all test rows within its budget, and so does a real server over
+    gRPC. Without a Prefect server (PREFECT_API_URL) the flow starts one of its own for as long as
+    it runs.
 
     A run that was stopped goes on where it stopped when it is started again with the same
     settings; stages from which nothing has changed are not run again. Settings come from the
@@ -110,9 +194,17 @@ def run(  # noqa: PLR0913  one parameter an option
     With --endpoint the published version is asked for once more, in the deployment that serves it,
     and becomes champion only if it answers like the original there too.
 
-    Example: train-export run --preset smoke --models /srv/models
+    Exit status: 0 published, 1 refused or failed, and nothing was published, 2 wrong options, 75
+    training was stopped by SIGTERM and goes on with the same command, 130 stopped with Ctrl-C, 143
+    by SIGTERM elsewhere.
+
+    Example: train-export run --preset smoke
+
+    Example: train-export run --data flowers --network small --name flowers --set data.size=[64,64]
 
     Example: train-export run --config mine.toml --set training.schedule=cosine --engine tape
+
+    Example: train-export run --preset quick --models /srv/models --json
     """
     with sentences(STOPPED):
         layers = [config.read(file)] if file else []
@@ -153,7 +245,10 @@ def run(  # noqa: PLR0913  one parameter an option
             tls_ca=_text(tls_ca),
             token_file=_text(token_file),
         )
-        _show(Path(path), shown(chosen.publishing.models), shown(chosen.runs))
+        if as_json:
+            _print_json(Path(path))
+        else:
+            _show(Path(path), shown(chosen.publishing.models), shown(chosen.runs))
 
 
 def shown(path: Path) -> Path:
@@ -185,17 +280,23 @@ def deploy(
     first_run: Annotated[
         str | None,
         typer.Option(
-            metavar="PRESET", help="Also run it once with this preset, if nothing is published yet."
+            metavar="PRESET",
+            help="Also run it once with this preset, if nothing is published yet.",
+            autocompletion=presets,
         ),
     ] = None,
     models: Models = Path("models"),
+    as_json: AsJson = False,
 ) -> None:
-    """Set the Prefect server of PREFECT_API_URL up for runs of prefect.yaml, in this folder.
+    """Set a Prefect server up for runs of this folder.
 
-    Creates a work pool, the deployment, and an automation that makes runs whose process is gone
-    Crashed; what there is already is brought up to date.
+    Reads prefect.yaml and asks the server of PREFECT_API_URL. Creates a work pool, the deployment,
+    and an automation that makes runs whose process is gone Crashed; what there is already is
+    brought up to date. A worker then runs them: prefect worker start --pool train-export.
 
-    Example: train-export deploy && prefect worker start --pool train-export
+    Example: train-export deploy
+
+    Example: train-export deploy --first-run smoke --json
     """
     if first_run is not None:
         with sentences(""):
@@ -204,17 +305,22 @@ def deploy(
     with sentences("stopped; give the command again to finish"), reached():
         from pipeline import deployment  # noqa: PLC0415  not to print the help
 
-        for line in deployment.deploy(Path.cwd()):
-            print(line)
+        done = list(deployment.deploy(Path.cwd()))
         if first_run is not None:
-            print(deployment.run_first(models, first_run))
+            done.append(deployment.run_first(models, first_run))
+    if as_json:
+        print_json(done)
+    else:
+        print("\n".join(done))
 
 
 def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
     use_prefect()
     signal.signal(signal.SIGTERM, leave)  # Prefect hands it on to what was there before its own
-    print("starting TensorFlow and Prefect, about half a minute", file=sys.stderr)
-    with quietly():
+    starting = "starting TensorFlow and Prefect, about half a minute"
+    if not sys.stderr.isatty():  # which shows it meanwhile
+        print(starting, file=sys.stderr)
+    with quietly(starting):
         import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
 
         from pipeline.flow import shield_server, train_export  # noqa: PLC0415  not to print the help
@@ -263,6 +369,25 @@ def _show(path: Path, models: Path, runs: Path) -> None:
     examples = [path for stem in stems if (path := runs / "examples" / f"{stem}.png").is_file()]
     if examples:
         print(f"ask:    {serve} predict {examples[0]} --model {manifest.name}")
+
+
+def _print_json(path: Path) -> None:
+    from service import bundle  # noqa: PLC0415
+
+    manifest = bundle.read_manifest(path)
+    counted = manifest.evaluation.accuracy
+    print_json(
+        {
+            "bundle": str(path),
+            "model": manifest.name,
+            "version": manifest.version,
+            "accuracy": counted.value if counted.rows and manifest.labels else None,
+            "loss": manifest.evaluation.loss,
+            "test_rows": manifest.dataset.test_rows,
+            "served": manifest.served_variant,
+            "variants": {one.variant: one.passed for one in manifest.parity},
+        }
+    )
 
 
 def _text(path: Path | None) -> str | None:

@@ -1,7 +1,5 @@
 """Score many pictures or rows with a published model: `score`."""
 
-import json
-import sys
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -9,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.commands.options import Address, AsJson
-from pipeline.commands.terminal import WRONG, fail, log_plainly, quietly, sentences
+from pipeline.commands.options import WHERE, Address, AsJson, engines
+from pipeline.commands.terminal import WRONG, fail, log_plainly, print_json, quietly, sentences
+from service import command_line
 from service.host import cores
 
 if TYPE_CHECKING:
@@ -41,38 +38,56 @@ def score(  # noqa: PLR0913  one parameter an option
         ),
     ] = "",
     engine: Annotated[
-        str, typer.Option(help="local: this machine's cores; ray: a Ray cluster's.")
+        str,
+        typer.Option(
+            help="local: this machine's cores; ray: a Ray cluster's.",
+            rich_help_panel=WHERE,
+            autocompletion=engines,
+        ),
     ] = "local",
     address: Address = "auto",
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes of the local engine; 0: one a core.")
+        int,
+        typer.Option(
+            min=0, help="Processes of the local engine; 0: one a core.", rich_help_panel=WHERE
+        ),
     ] = 0,
     part_rows: Annotated[
-        int, typer.Option(min=1, help="Rows of a part; a process that is lost costs no more.")
+        int,
+        typer.Option(
+            min=1,
+            help="Rows of a part; a process that is lost costs no more.",
+            rich_help_panel=WHERE,
+        ),
     ] = 4096,
     as_json: AsJson = False,
 ) -> None:
-    """Score a folder of pictures, or the rows of parquet files, with a published model.
+    """Score a folder of pictures, or parquet files, with a model.
 
     Every row that goes in comes out, with its label and all probabilities, or with the reason why
-    it cannot be read. The bundle is verified, and its golden set answered, on every host that
-    scores. The output is a folder of parquet files, in the order of the input.
+    it cannot be read: as parquet files in --output, in the order of the input. The bundle is
+    verified, and its golden set answered, on every host that scores. Needs no server.
 
     The same command goes on where it was stopped: parts that are whole are not scored again. On a
     Ray cluster what was lost with a node is scored on another; the bundle, the input and the
     output are on a file system that all nodes share.
 
+    Exit status: 0 every row came out, 1 the bundle, the input or the output cannot be used, 2 wrong
+    options, 130 stopped with Ctrl-C.
+
     Example: train-export score --bundle models/fashion-mnist/1 --input pictures --output scores
+
+    Example: train-export score --bundle models/fashion-mnist/1 --input rows.parquet
+    --column image.bytes --output scores --workers 4 --json
     """
     check_engine(engine)
     log_plainly()
     with sentences("stopped; parts that are whole are kept, and the same command goes on"):
-        with quietly():
+        with quietly("looking at the bundle"):
             from pipeline import scoring  # noqa: PLC0415  not to print the help
 
             chosen = _engine(engine, address, workers or cores())
-        with _bar() as progress:
-            task = progress.add_task("scoring", total=None)
+        with command_line.progress("scoring") as show:
             scored = scoring.score(
                 bundle,
                 source,
@@ -80,10 +95,10 @@ def score(  # noqa: PLR0913  one parameter an option
                 chosen,
                 column=column,
                 shard_rows=part_rows,
-                show=lambda done, rows: progress.update(task, completed=done, total=rows),
+                show=show,
             )
     if as_json:
-        print(json.dumps(asdict(scored) | {"output": str(scored.output)}))
+        print_json(asdict(scored) | {"output": str(scored.output)})
         return
     print(f"scored by {scored.model} version {scored.version}: {output}")
     print(f"parts:  {scored.parts:,}, of which {scored.kept:,} were there")
@@ -108,16 +123,3 @@ def _engine(engine: str, address: str, workers: int) -> "Engine":
 
     cluster.connect(address)
     return cluster.run
-
-
-def _bar() -> Progress:
-    """Return a bar with the time left, on a terminal; the log has the same elsewhere."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )

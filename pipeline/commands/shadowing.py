@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.commands.options import TlsCa, UseTls
+from pipeline.commands.options import CONNECTION, TlsCa, UseTls
 from pipeline.commands.terminal import fail, log_plainly, quietly
 from pipeline.errors import PipelineError
 from service.errors import ServiceError
@@ -47,15 +47,25 @@ def shadow(  # noqa: PLR0913  one parameter an option
     tls: UseTls = False,
     tls_ca: TlsCa = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="Our own certificate, PEM, for a server that asks for one.")
+        Path | None,
+        typer.Option(
+            help="Our own certificate, PEM, for a server that asks for one.",
+            rich_help_panel=CONNECTION,
+        ),
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The key of that certificate, PEM.")] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(help="The key of that certificate, PEM.", rich_help_panel=CONNECTION),
+    ] = None,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="File with an admin's token; or the variable SERVE_EXPORT_TOKEN."),
+        typer.Option(
+            help="File with an admin's token; or the variable SERVE_EXPORT_TOKEN.",
+            rich_help_panel=CONNECTION,
+        ),
     ] = None,
 ) -> None:
-    """Hold what a server answers its clients against the original, while it serves.
+    """Hold what a server answers against the original, live.
 
     Reads the rows that the server samples (serve-export serve --sample-rate 0.01), has the
     original SavedModel answer them on TensorFlow, and reports agreement, differences and drift
@@ -69,10 +79,12 @@ def shadow(  # noqa: PLR0913  one parameter an option
     With --every-address, HOST is looked up again every few seconds, and every server behind it is
     shadowed and reported to by itself: replicas without a balancer in between.
 
-    Ends with 0 on SIGTERM and 130 on Ctrl-C, with what was read reported. With --rows it ends
-    with 1 where parity does not hold.
+    Exit status: 0 stopped by SIGTERM, or --rows hold; 1 --rows do not hold, or the server cannot be
+    shadowed; 2 wrong options; 130 stopped with Ctrl-C. What was read has been reported.
 
     Example: train-export shadow --endpoint 127.0.0.1:8001 --models models
+
+    Example: train-export shadow --model fashion-mnist --rows 10000
     """
     try:
         from pipeline.endpoint import Endpoint  # noqa: PLC0415  gRPC: only for who asks

@@ -1,8 +1,14 @@
 """Compare settings: `sweep`."""
 
 import json
+import logging
+import math
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import config
-from pipeline.commands.options import Address, AsJson, Data, Runs
+from pipeline.commands.options import WHERE, Address, AsJson, Data, Runs, engines, presets
 from pipeline.commands.running import leave, reached, use_prefect, verify
 from pipeline.commands.scoring import check_engine
 from pipeline.commands.terminal import REFUSED, WRONG, fail, log_plainly, quietly, sentences
@@ -20,6 +26,8 @@ from pipeline.commands.terminal import REFUSED, WRONG, fail, log_plainly, quietl
 if TYPE_CHECKING:
     from pipeline.sweep import Job, Outcome
 
+log = logging.getLogger(__name__)
+LOOK_S = 2.0  # between two looks at what is done
 SUFFIXES = (".csv", ".json")
 
 
@@ -28,7 +36,10 @@ def sweep(  # noqa: PLR0913  one parameter an option
         list[str],
         typer.Option(help="SECTION.NAME=VALUE,VALUE,… of data or training; may be repeated."),
     ],
-    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(config.PRESETS)}.")] = "quick",
+    preset: Annotated[
+        str,
+        typer.Option(help=f"One of: {', '.join(config.PRESETS)}.", autocompletion=presets),
+    ] = "quick",
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", help="SECTION.NAME=VALUE for all of them; may be repeated."),
@@ -38,20 +49,35 @@ def sweep(  # noqa: PLR0913  one parameter an option
     output: Annotated[Path | None, typer.Option(help="File for the table, .csv or .json.")] = None,
     engine: Annotated[
         str,
-        typer.Option(help="local: one after the other on this machine; ray: on a Ray cluster."),
+        typer.Option(
+            help="local: one after the other on this machine; ray: on a Ray cluster.",
+            rich_help_panel=WHERE,
+            autocompletion=engines,
+        ),
     ] = "local",
     address: Address = "auto",
     cpus: Annotated[
-        int, typer.Option(min=1, help="Of a training, on Ray; TensorFlow takes what it gets.")
+        int,
+        typer.Option(
+            min=1,
+            help="Of a training, on Ray; TensorFlow takes what it gets.",
+            rich_help_panel=WHERE,
+        ),
     ] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="Of a training, on Ray.")] = 0.0,
+    gpus: Annotated[
+        float, typer.Option(min=0, help="Of a training, on Ray.", rich_help_panel=WHERE)
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Train every combination of some settings, and compare them; publish nothing.
+    """Train every combination of some settings, and compare them.
 
-    Each is trained and scored on the test rows in a process of its own, below runs/sweep. The
+    Publishes nothing. Each is trained and scored on the test rows in a process of its own, below
+    runs/sweep. The
     table is sorted by the validation loss of the best epoch: choose by that. The same command goes
     on where it was stopped; combinations that are done are not trained again.
+
+    Exit status: 0 at least one could be trained, 1 none could, or settings or data cannot work, 2
+    wrong options, 130 stopped with Ctrl-C, 143 by SIGTERM.
 
     Example: train-export sweep --preset quick --grid training.learning_rate=0.001,0.003
     --grid training.seed=1,2,3 --output sweep.csv
@@ -85,7 +111,7 @@ def _trained(
     """Train what is left, by a flow."""
     use_prefect()
     signal.signal(signal.SIGTERM, leave)
-    with quietly():
+    with quietly("starting Prefect"):
         from pipeline import sweep_flow  # noqa: PLC0415  not to print the help
         from pipeline.flow import shield_server  # noqa: PLC0415  the same
         from pipeline.sweep import Outcome  # noqa: PLC0415  the same
@@ -96,10 +122,38 @@ def _trained(
             cluster.connect(address)
     shield_server()
     runner = sweep_flow.local() if resources is None else sweep_flow.on_ray()
-    with reached():
+    with reached(), counted(jobs):
         flow = sweep_flow.train_export_sweep.with_options(task_runner=runner)
         tables = flow([str(job.folder) for job in jobs], resources)
     return [Outcome(**table) for table in tables]
+
+
+@contextmanager
+def counted(jobs: "list[Job]", every_s: float = LOOK_S) -> Iterator[None]:
+    """Say in the log how many combinations are done, and how long the others may take."""
+    from pipeline import sweep  # noqa: PLC0415  not to print the help
+
+    over, started_s = threading.Event(), time.monotonic()
+
+    def count() -> None:
+        said = 0
+        while not over.wait(every_s):
+            done = sum(sweep.kept(job) is not None for job in jobs)
+            if done > said and done < len(jobs):
+                left_s = (time.monotonic() - started_s) / done * (len(jobs) - done)
+                log.info(
+                    "%d of %d combinations are done, about %d min left",
+                    done, len(jobs), math.ceil(left_s / 60),
+                )  # fmt: skip
+            said = done
+
+    counting = threading.Thread(target=count, name="counting", daemon=True)
+    counting.start()
+    try:
+        yield
+    finally:
+        over.set()
+        counting.join()
 
 
 def _show(outcomes: "list[Outcome]", output: Path | None, *, as_json: bool) -> None:

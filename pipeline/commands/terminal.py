@@ -1,5 +1,6 @@
 """How commands end, and what they keep off the terminal."""
 
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.errors import InterruptedTrainingError, PipelineError
+from service import command_line
 from service.errors import ServiceError
 
 GPU_DRIVER = Path("/dev/nvidiactl")
@@ -27,22 +29,34 @@ def fail(reason: str, *, status: int) -> NoReturn:
 
 
 @contextmanager
+def stoppable(stopped: str = "stopped; nothing was written") -> Iterator[None]:
+    """End with one line at Ctrl-C.
+
+    Args:
+        stopped: what it leaves behind.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(stopped, status=STOPPED)
+
+
+@contextmanager
 def sentences(stopped: str) -> Iterator[None]:
     """End with one sentence whatever is refused inside the block.
 
     Args:
         stopped: what Ctrl-C leaves behind.
     """
-    try:
-        yield
-    except InterruptedTrainingError as error:
-        fail(str(error), status=GO_ON_LATER)
-    except (PipelineError, ServiceError) as error:
-        fail(str(error), status=REFUSED)
-    except OSError as error:
-        fail(f"a file cannot be read or written: {error}", status=REFUSED)
-    except KeyboardInterrupt:
-        fail(stopped, status=STOPPED)
+    with stoppable(stopped):
+        try:
+            yield
+        except InterruptedTrainingError as error:
+            fail(str(error), status=GO_ON_LATER)
+        except (PipelineError, ServiceError) as error:
+            fail(str(error), status=REFUSED)
+        except OSError as error:
+            fail(f"a file cannot be read or written: {error}", status=REFUSED)
 
 
 def log_plainly() -> None:
@@ -51,25 +65,36 @@ def log_plainly() -> None:
     logging.getLogger("pipeline").setLevel(logging.INFO)
 
 
+def print_json(value: object) -> None:
+    """Print a value as JSON, whatever the terminal's width."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
 def quiet_tensorflow() -> None:
     """Hold TensorFlow's own lines back; it takes a GPU's driver that is not there for an error."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if GPU_DRIVER.exists() else "3")
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def quietly(task: str = "starting TensorFlow") -> Iterator[None]:
     """Hold back what native code writes while it is loaded, and give it out if that fails.
 
-    TensorFlow's own switch for it, TF_CPP_MIN_LOG_LEVEL, comes too late for its first lines.
+    TensorFlow's own switch for it, TF_CPP_MIN_LOG_LEVEL, comes too late for its first lines. On a
+    terminal the task is shown meanwhile, and how long it has taken; nobody knows the time left.
+
+    Args:
+        task: what is done.
     """
     quiet_tensorflow()
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as said:
+    with os.fdopen(kept, "w") as terminal, tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            yield
-        except (PipelineError, ServiceError):  # says itself what is wrong
+            with command_line.bar(terminal) as bar:
+                bar.add_task(task, total=None)
+                yield
+        except (PipelineError, ServiceError, KeyboardInterrupt):  # of which one sentence says all
             raise
         except BaseException:
             said.seek(0)
@@ -77,4 +102,3 @@ def quietly() -> Iterator[None]:
             raise
         finally:
             os.dup2(kept, 2)
-            os.close(kept)

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from pipeline import cleaning, files, publish, results
+from pipeline import cleaning, files, publish, results, sweep
 from service import aliases
 from tests.pipeline.test_status import add_run
 
@@ -172,3 +172,50 @@ def test_a_dry_run_leaves_out_what_is_in_use(models, runs):
         would = cleaning.clean(models, runs, keep=1, dry_run=True)
 
     assert [one.path for one in would] == [runs / "b"]
+
+
+@pytest.fixture
+def sweeps(tmp_path):
+    """Three sweeps, the last the newest, one of the settings inside another one's table."""
+    grids = ("training.seed=1,2", "training.augmentation.shift=0.0,0.1", "training.epochs=2,3")
+    made = []
+    for age, grid in enumerate(grids):
+        layers: list[dict[str, object]] = [{"runs": str(tmp_path / "runs")}]
+        jobs = sweep.jobs(sweep.combinations("line", layers, [grid]))
+        made.append([job.folder for job in jobs])
+        for folder in made[-1]:
+            grow_old(folder, 1e9 + age)
+    return made
+
+
+def grow_old(folder, changed_s):
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (changed_s, changed_s))
+
+
+def test_old_sweeps_go_whole_and_the_newest_stay_whole(sweeps, tmp_path):
+    def clean(**options):
+        return cleaning.clean(tmp_path / "models", tmp_path / "runs", keep=2, **options)
+
+    would = clean(dry_run=True)
+
+    assert all(folder.is_dir() for one in sweeps for folder in one)
+    assert clean() == would
+    assert [one.path for one in would] == sorted(sweeps[0])
+    assert [folder.is_dir() for one in sweeps for folder in one] == [False] * 2 + [True] * 4
+
+
+def test_a_sweep_that_is_trained_and_what_is_none_stay(sweeps, tmp_path, caplog):
+    mine, link = tmp_path / "runs/sweep/mine", tmp_path / "runs/sweep/line-0123456789ab"
+    mine.mkdir()
+    link.symlink_to(mine)
+    (sweeps[1][0] / sweep.JOB).write_text("{}")
+
+    with files.locked(sweeps[0][1] / sweep.LOCK, wait=False):
+        grow_old(sweeps[0][1], 1e9)
+        went = cleaning.clean(tmp_path / "models", tmp_path / "runs", keep=1)
+
+    assert [one.path for one in went] == [sweeps[1][1]]
+    assert "is left as it is" in caplog.text
+    assert link.is_symlink()
+    assert mine.is_dir()

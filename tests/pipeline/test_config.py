@@ -1,3 +1,4 @@
+import contextlib
 import json
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -68,6 +69,10 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         ('export.required=["int8"]', "export.required.0 is 'int8': "),
         ("speed=3", "there is no setting speed"),
         ("training=3", "training is 3: "),
+        ("training.epochs=true", "training.epochs is True: input should be a valid integer"),
+        ("training.learning_rate=true", "training.learning_rate is True: input should be a valid"),
+        ("training.augmentation.rotate=false", "training.augmentation.rotate is False: "),
+        ("data.size=[true, 28]", "data.size.0 is True: input should be a valid integer"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_name(assignment, sentence):
@@ -164,3 +169,23 @@ def test_a_bundle_says_what_it_was_trained_on():
     assert config.learnt_from(text, None) == then.data
     assert config.learnt_from(text, Path("moved")).source == Path("moved").absolute()
     assert config.learnt_from("", None) == config.DataConfig()
+
+
+def test_no_setting_takes_true_for_a_number():
+    """Every field that is a number, found by what it takes."""
+    taken = []
+    for section, fields in config.as_tables(config.PRESETS["quick"]()).items():
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            if isinstance(value, bool):
+                continue
+            with contextlib.suppress(ConfigError):
+                config.build("quick", {section: {name: True}})
+                taken.append(name)
+
+    assert taken == []
+
+
+def test_whole_numbers_are_numbers_where_shares_are_asked_for():
+    built = config.build("quick", config.single("training.weight_decay=1"))
+
+    assert built.training.weight_decay == 1

@@ -61,6 +61,13 @@ def test_room_is_looked_for_where_a_folder_will_be(tmp_path):
     assert not doctor.room(tmp_path / "not" / "yet").wrong
 
 
+def test_a_file_in_the_place_of_a_folder_is_broken(tmp_path):
+    (tmp_path / "file").touch()
+
+    for path in (tmp_path / "file", tmp_path / "file" / "models"):
+        assert doctor.room(path).wrong == f"{tmp_path}/file is no folder; name another place"
+
+
 def test_a_prefect_server_that_does_not_answer_is_broken_with_what_to_do(server):
     assert doctor.prefect(f"{server}/api").found == f"{server}/api answers"
     assert "something else" in doctor.prefect(f"{server}/other").wrong

@@ -99,3 +99,12 @@ def test_what_is_called_so_is_a_picture(tmp_path):
     assert {path.name for path in tmp_path.iterdir() if pictures.is_picture(path)} == {
         "a.PNG", "b.jpeg"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [12, 16, 20, 40])
+def test_a_png_without_its_end_is_refused_by_its_name(tmp_path, missing):
+    path = save(tmp_path / "cut.png", Image.fromarray(NOISE[..., 0]))
+    path.write_bytes(path.read_bytes()[:-missing])
+
+    with pytest.raises(DatasetError, match=r"cut\.png .*cut off"):
+        pictures.read(path)

@@ -1,10 +1,13 @@
 import json
 import logging
 import re
+import signal
+import socket
 import subprocess
 import sys
 import warnings
 from dataclasses import fields
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from service.commands import app
 from service.model_config import VersionPolicy
 from service.rpc import Rpc
 from service.settings import ENVIRONMENT_PREFIX, Settings
+from tests.service.test_command_line import check_help
 
 NOBODY = "127.0.0.1:1"
 
@@ -95,12 +99,26 @@ def test_help_of_serve_stands_in_panels_one_a_subject(run):
     ]  # fmt: skip
 
 
+def test_help_of_every_command_is_whole_and_its_examples_can_be_given():
+    check_help(app, "serve-export")
+
+
 def test_help_of_serve_says_how_it_ends_and_that_no_secret_is_an_option(run):
     shown = " ".join(plain(run("serve", "--help").stdout).split())
 
     assert "Exit status: 0 stopped cleanly, 1 could not start, 2 wrong options." in shown
     assert "SERVE_EXPORT_TOKEN and SERVE_EXPORT_ADMIN_TOKEN" in shown
     assert run("serve", "--repository", "x", "--token", "secret").exit_code == 2
+
+
+def test_doctor_ends_with_1_and_one_sentence_where_something_is_to_be_mended(run, tmp_path):
+    result = run("doctor", "--repository", tmp_path / "none", "--json")
+
+    wrong = {one["area"] for one in json.loads(result.stdout) if not one["ok"]}
+    assert result.exit_code == 1
+    assert wrong
+    assert result.stderr.startswith("error: mend ")
+    assert all(area in result.stderr for area in wrong)
 
 
 def test_what_only_workers_are_started_with_is_not_shown(run):
@@ -238,6 +256,23 @@ def test_alias_that_cannot_be_is_refused_and_nothing_is_changed(alias, words, re
     assert aliases.read(model) == {}
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/models", "gs://bucket/models", "file:///models"])
+def test_alias_behind_a_url_is_refused_with_the_command_that_can(run, url):
+    assert sentence(run("alias", "tiny", "champion", 3, "--repository", url)) == (
+        f"{url} is an address, and alias changes folders of this host; to point one at a version "
+        f"there: train-export push tiny 3 --to {url} --alias champion"
+    )
+
+
+def test_alias_as_json_says_what_it_is_and_was(alias):
+    alias, _ = alias
+    alias("tiny", "champion", 2)
+
+    assert json.loads(alias("tiny", "champion", 3, "--json").stdout) == {
+        "model": "tiny", "alias": "champion", "version": 3, "before": 2,
+    }  # fmt: skip
+
+
 def test_aliases_that_cannot_be_read_are_not_written_over(alias):
     alias, model = alias
     (model / "aliases.json").write_text("{")
@@ -297,6 +332,17 @@ def test_prediction_as_json_has_every_label_of_every_picture(run, address, pictu
     assert [next(iter(answer["probabilities"])) for answer in answers] == ["light", "dark"]
     for answer in answers:
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
+
+
+def test_more_pictures_than_a_request_may_have_are_all_answered_in_order(run, rpc, listen, picture):
+    paths = [picture(5 if number % 3 else 250, f"{number}.png") for number in range(130)]
+
+    answers = json.loads(run("predict", *paths, "--address", listen(rpc), "--json").stdout)
+
+    assert [one["image"] for one in answers] == [str(path) for path in paths]
+    assert [next(iter(one["probabilities"])) for one in answers] == [
+        "dark" if number % 3 else "light" for number in range(130)
+    ]
 
 
 def test_token_of_a_file_or_of_the_environment_is_shown_to_the_server(
@@ -443,6 +489,12 @@ def test_health_is_told_by_status_and_a_word_or_a_sentence(
     assert said in (sentence(result) if status else result.stdout)
 
 
+def test_health_as_json_says_who_and_how(run, address):
+    found = json.loads(run("health", "--address", address, "--json").stdout)
+
+    assert found == {"address": address, "state": "ready"}
+
+
 def test_health_of_a_server_that_is_not_there_is_a_sentence(run, tmp_path):
     assert f"no server answers at {NOBODY}" in sentence(run("health", "--address", NOBODY))
     assert "cannot be read" in sentence(run("health", "--tls-ca", tmp_path / "none"))
@@ -456,6 +508,24 @@ def test_health_is_asked_where_the_environment_says_that_the_server_listens(
     monkeypatch.setenv("SERVE_EXPORT_ADDRESS", f"0.0.0.0:{port}")
 
     assert run("health").stdout == "ready\n"
+
+
+INTERRUPTED = [("predict", "a.png", "--model", "tiny"), ("parity",), ("parity", "--watch")]
+
+
+@pytest.mark.parametrize("words", INTERRUPTED)
+def test_ctrl_c_ends_whoever_waits_for_a_server_with_one_line_and_130(words):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-m", "service", *words, "--address", address]
+        with (
+            subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process,
+            silent.accept()[0],  # it is there, and waits for an answer that does not come
+        ):
+            process.send_signal(signal.SIGINT)
+            said, errors = process.communicate(timeout=60)
+
+    assert (process.returncode, said, errors) == (130, "", "error: stopped\n")
 
 
 def test_help_imports_neither_grpc_nor_onnxruntime():

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from service import aliases
 
 runner = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -21,3 +24,12 @@ def test_an_endpoint_that_is_none_is_refused_before_anything_is_read(tmp_path, e
 
     assert shown.exit_code == 1
     assert "expected HOST:PORT with a port from 1 to 65535" in shown.output
+
+
+def test_rollback_as_json_says_what_the_champion_is_and_was(make_bundle):
+    home = [make_bundle(version=number).parent for number in (1, 2)][-1]
+    aliases.write(home, {"champion": 2, "previous": 1})
+
+    shown = runner.invoke(app, ["rollback", "tiny", "--models", str(home.parent), "--json"])
+
+    assert json.loads(shown.stdout) == {"model": "tiny", "champion": 1, "before": 2}

@@ -1,4 +1,9 @@
 import json
+import signal
+import subprocess
+import sys
+import time
+from subprocess import PIPE
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -67,3 +72,30 @@ def test_a_refusal_is_one_sentence_and_status_1(score):
     assert refused.exit_code == 1
     assert "which have no column 'pixels'" in refused.output
     assert "Traceback" not in refused.output
+
+
+def test_ctrl_c_keeps_the_parts_that_are_whole_and_the_same_command_goes_on(make_bundle, tmp_path):
+    source, output = tmp_path / "pictures", tmp_path / "out"
+    source.mkdir()
+    for number in range(400):
+        Image.fromarray(np.full((2, 2), number % 256, np.uint8)).save(source / f"{number:04}.png")
+    words = [
+        "score", "--bundle", str(make_bundle()), "--input", str(source), "--output", str(output),
+        "--part-rows", "1", "--workers", "1", "--json",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words], stdout=PIPE, stderr=PIPE, text=True
+    ) as process:
+        while not list(output.glob("part-*.parquet")) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    kept = list(output.glob("part-*.parquet"))
+
+    assert (process.returncode, said) == (130, "")
+    assert errors.splitlines()[-1].startswith("error: stopped; parts that are whole are kept")
+    assert "Traceback" not in errors
+    assert all(pq.read_table(path).num_rows == 1 for path in kept)
+    done = json.loads(runner.invoke(app, words).stdout)
+    assert done["kept"] >= len(kept) > 0
+    assert done["rows"] == 400

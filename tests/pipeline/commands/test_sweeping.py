@@ -1,11 +1,13 @@
 import csv
 import json
+import time
 
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import sweep
+from pipeline import files, sweep
 from pipeline.__main__ import app
+from pipeline.commands import sweeping
 
 runner = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -64,3 +66,20 @@ def test_a_network_of_no_module_is_refused_before_anything_is_trained(again):
 
     assert refused.exit_code == 1
     assert "nowhere" in refused.output
+
+
+def test_how_many_are_done_and_the_time_left_is_logged_once_each(tmp_path, caplog):
+    layers: list[dict[str, object]] = [{"runs": str(tmp_path / "runs")}]
+    jobs = sweep.jobs(sweep.combinations("line", layers, ["training.seed=1,2,3"]))
+    caplog.set_level("INFO", logger="pipeline")
+
+    with sweeping.counted(jobs, every_s=0.01):
+        for job in jobs[:2]:
+            outcome = {"values": job.values, "folder": str(job.folder)}
+            result = json.dumps({"key": job.key, "outcome": outcome})
+            files.write_whole(job.folder / sweep.RESULT, result.encode())
+            said = f"{jobs.index(job) + 1} of 3 combinations are done, about 1 min left"
+            while said not in caplog.text:
+                time.sleep(0.01)
+
+    assert len(caplog.records) == 2

@@ -284,7 +284,7 @@ def test_the_command_says_one_sentence_draws_a_picture_and_ends_with_1(made, tmp
     good = runner.invoke(command.app, [*words, "--candidate", str(made.onnx), "--json"])
 
     assert bad.exit_code == 1
-    assert bad.output.startswith("spoilt.onnx diverges at conv2 (offset): ")
+    assert bad.stderr.startswith("error: spoilt.onnx diverges at conv2 (offset): ")
     assert (tmp_path / "spoilt.explained.png").read_bytes().startswith(b"\x89PNG")
     assert good.exit_code == 0
     assert json.loads(good.stdout)["diverges"] is False
