@@ -14,7 +14,7 @@ from pipeline.commands.terminal import quietly, sentences
 def answer(
     bundle: Annotated[Path, typer.Option(help="NAME/VERSION in the models' folder.")],
 ) -> None:
-    """Answer rows on standard input with every variant of a bundle, a line of JSON each.
+    """Answer rows with every variant of a bundle, as JSON lines.
 
     A question is a line such as {"id": 1, "rows": [[...]]}: rows of the model's input. The first
     line said names the variants; then each answers as soon as it can, ten seconds after the first
