@@ -4,18 +4,23 @@ Good enough is what the gate's limits say, and not worse than the champion: the 
 that serves now, asked for the same rows.
 """
 
+import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import keras
 import numpy as np
+from google.protobuf import json_format
 from numpy.typing import NDArray
 
-from pipeline import dataset, device, measures, refusal
+from pipeline import dataset, device, measures, page, refusal
 from pipeline.config import GateConfig
 from pipeline.errors import EvaluationError
+from pipeline.page import evidence, first_layer
 from pipeline.records import Comparison, Dataset, Scores, Trained
 from protos import bundle_pb2
 from service import agreement, aliases, bundle
@@ -41,7 +46,8 @@ def score(
         data: whose test rows are asked; what does not classify is scored by its loss alone.
         gate: what must be reached.
         champion: the bundle of the version to compare with, as `champion` finds it.
-        folder: of the run; a refused model leaves its report there, `refused.md`.
+        folder: of the run; a refused model leaves its report there, `refused.md`, and its page,
+            `report.html`.
 
     Raises:
         EvaluationError: the model is below the gate, less accurate than the champion by more than
@@ -75,7 +81,7 @@ def score(
         log.info("mean squared error on the test rows %.4g", scores.loss)
     if data.classifies and gate.champion:
         scores = replace(scores, champion=_compared(champion, data, test, outputs))
-    _judge(trained, data, gate, scores, folder)
+    _judge(trained, data, gate, scores, folder, partial(_evidence, model, test, outputs, scores))
     return scores
 
 
@@ -208,13 +214,34 @@ def _answers(published: bundle.Bundle, test: dataset.Split) -> NDArray[np.generi
     return answers["logits"]
 
 
+def _evidence(
+    model: keras.Model, test: dataset.Split, outputs: NDArray[np.floating], scores: Scores
+) -> evidence.Evidence:
+    """Gather what the page of a refused model shows besides its figures."""
+    if not scores.classes:
+        return evidence.of_numbers(test.targets, outputs)
+    return evidence.of_classifier(
+        test.inputs,
+        test.targets,
+        outputs,
+        mistakes=[one.row for one in scores.hardest],
+        first=first_layer.find(model, test.inputs[evidence.example_rows(test.targets)]),
+    )
+
+
 def _judge(
-    trained: Trained, data: Dataset, gate: GateConfig, scores: Scores, folder: Path | None
+    trained: Trained,
+    data: Dataset,
+    gate: GateConfig,
+    scores: Scores,
+    folder: Path | None,
+    gather: Callable[[], evidence.Evidence],
 ) -> None:
     """Refuse a model, and leave its report; remove that of an earlier one that was refused."""
     why = _failures(data, gate, scores)
     if folder is not None:
         refusal.remove(folder)
+        (folder / page.FILE).unlink(missing_ok=True)
     if not why:
         return
     report = ""
@@ -222,11 +249,25 @@ def _judge(
         try:
             path = refusal.write(folder, why, trained, data, gate, scores)
             report = f", {path} has all figures"
+            _write_page(folder, why, gather)
         except OSError as error:
             log.warning("the report of what was refused cannot be written: %s", error)
     raise EvaluationError(
         f"{'; '.join(why)}; nothing is published{report}: train longer, or look at the data"
     )
+
+
+def _write_page(folder: Path, why: list[str], gather: Callable[[], evidence.Evidence]) -> None:
+    """Write the page of a refused model, whose report is there; without it the refusal stands."""
+    known = bundle_pb2.BundleManifest()
+    figures = json.loads((folder / refusal.FIGURES).read_bytes())
+    json_format.ParseDict(figures, known, ignore_unknown_fields=True)
+    try:
+        log.info("the model's page: %s", page.write_refused(folder, known, gather(), why))
+    except OSError:
+        raise
+    except Exception:
+        log.exception("the page of the refused model cannot be made")
 
 
 def _failures(data: Dataset, gate: GateConfig, scores: Scores) -> list[str]:

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,9 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.states import AwaitingRetry
 from prefect.transactions import transaction
 
-from pipeline import config, files, report, results, tasks
+from pipeline import config, files, page, report, results, tasks
 from pipeline.endpoint import Endpoint
-from pipeline.errors import InterruptedTrainingError, PipelineError
+from pipeline.errors import EvaluationError, InterruptedTrainingError, PipelineError
 from pipeline.records import Published, Trained
 from service import bundle
 from service.errors import ServiceError
@@ -81,11 +83,10 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     Returns:
         The path of the published bundle.
     """
-    tables = {name: value for name, value in (settings or {}).items() if name != "preset"}
     chosen = config.build(
         preset,
         config.options(data__source=os.environ.get("TRAIN_EXPORT_DATA") or None),
-        tables,
+        settings or {},
         config.options(
             runs=runs,
             data__source=data,
@@ -132,9 +133,10 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
             f"{preset}: {chosen.training.architecture} on {prepared.name}",
         )
         champion = evaluate.champion(chosen.publishing.models, chosen.publishing.name)
-        scores = stages.kept(evaluate.score)(
-            trained, prepared, chosen.gate, another(champion, trained), folder
-        )
+        with linking_refused(folder):
+            scores = stages.kept(evaluate.score)(
+                trained, prepared, chosen.gate, another(champion, trained), folder
+            )
         with transaction():  # what fails in it leaves no result behind, and no bundle
             convert = stages.kept(export.convert, apart=["run"])
             exports = convert(trained, prepared, folder / "exports", run_id(), chosen.export)
@@ -201,6 +203,22 @@ def begin(folder: Path, chosen: config.Config) -> None:
     files.write_whole(folder / CONFIG, json.dumps(config.as_tables(chosen), indent=1).encode())
 
 
+@contextmanager
+def linking_refused(folder: Path) -> Iterator[None]:
+    """Leave a link to the page of a model that the block refuses among Prefect's artifacts."""
+    try:
+        yield
+    except EvaluationError as error:
+        if (folder / page.FILE).is_file():
+            link(folder / page.FILE, "report", f"refused: {error}")
+        raise
+
+
+def link(path: Path, key: str, title: str) -> None:
+    """Leave a link to a file or folder of this host among Prefect's artifacts."""
+    create_link_artifact(path.absolute().as_uri(), link_text=str(path), key=key, description=title)
+
+
 def show(published: Published, folder: Path) -> None:
     """Leave what was published among Prefect's artifacts, and a word of it in the run's folder."""
     what = {"name": published.name, "version": published.version}
@@ -216,8 +234,10 @@ def show(published: Published, folder: Path) -> None:
         key="variants",
         description=title,
     )
-    for key, path in (("bundle-folder", published.path), ("run-folder", folder)):
-        create_link_artifact(path.as_uri(), link_text=str(path), key=key, description=title)
+    link(published.path, "bundle-folder", title)
+    link(folder, "run-folder", title)
+    if (published.path / page.FILE).is_file():
+        link(published.path / page.FILE, "report", title)
 
 
 def as_path(text: str | None) -> Path | None:

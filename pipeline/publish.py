@@ -15,14 +15,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import keras
 import numpy as np
 from google.protobuf import json_format, timestamp_pb2
 
-from pipeline import dataset, files, messages, parity
+from pipeline import dataset, files, messages, page, parity
 from pipeline.config import Config, PublishConfig, as_tables
 from pipeline.errors import BusyError, PublishError
+from pipeline.page import evidence, first_layer
 from pipeline.records import Checked, Dataset, Exports, Published, Scores, Staged, Trained
 from protos import bundle_pb2
 from service import agreement, bundle
@@ -98,7 +100,7 @@ def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
     exports: Exports,
     checked: Checked,
 ) -> Staged:
-    """Write a bundle, whole but for the served parity, as the next version.
+    """Write a bundle, whole but for the served parity and the page, as the next version.
 
     Args:
         folder: of `staging`.
@@ -121,6 +123,9 @@ def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
         reports = _copy_passed(exports, checked, path)
         shutil.copy2(served.path, path / bundle.MODEL)
         _write_golden(path / bundle.GOLDEN, data, checked)
+        with _dispensable(evidence.FILE):
+            found = _evidence(data, trained, scores, checked, reports)
+            (path / evidence.FILE).write_bytes(found.packed())
     manifest = _manifest(run, config, data, trained, scores, checked)
     manifest.session.CopyFrom(parity.session_options(served.session))
     _add_tensors(manifest, path / bundle.MODEL)
@@ -133,7 +138,7 @@ def stage(  # noqa: PLR0913  a bundle is made of everything the run knows
 
 
 def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
-    """Add the served parity to the manifest and rename the bundle into place.
+    """Add the served parity and the page, and rename the bundle into place.
 
     Args:
         staged: what was served.
@@ -151,6 +156,7 @@ def publish(staged: Staged, served: Path, config: PublishConfig) -> Published:
     with _writing(home), files.locked(home / LOCK, wait=True):
         number = _next_version(home)  # another run may have published meanwhile
         manifest.version = number
+        _add_page(staged.path, manifest)
         write_manifest(staged.path, manifest)
         files.sync_tree(staged.path)
         files.write_whole(home / LAST, str(number).encode())
@@ -240,16 +246,65 @@ def _write_golden(path: Path, data: Dataset, checked: Checked) -> None:
     np.savez_compressed(path, allow_pickle=False, **arrays, **labels)
 
 
+def _evidence(
+    data: Dataset,
+    trained: Trained,
+    scores: Scores,
+    checked: Checked,
+    reports: list[bundle_pb2.ParityReport],
+) -> evidence.Evidence:
+    """Gather what the page shows besides the manifest, while all answers are there."""
+    test = dataset.load(data).test
+    with np.load(checked.answers, allow_pickle=False) as answers:
+        candidates = {
+            one.variant: (answers[one.variant], one.budget.max_logit)
+            for one in reports
+            if one.variant in answers.files
+        }
+        reference = answers["reference"]
+    if not data.classifies:
+        return evidence.of_numbers(test.targets, reference, candidates=candidates)
+    original = keras.models.load_model(trained.path, compile=False)
+    return evidence.of_classifier(
+        test.inputs,
+        test.targets,
+        reference,
+        candidates=candidates,
+        mistakes=[one.row for one in scores.hardest],
+        first=first_layer.find(original, test.inputs[evidence.example_rows(test.targets)]),
+    )
+
+
+@contextmanager
+def _dispensable(file: str) -> Iterator[None]:
+    """Go on without a file that only shows what is proven: no reason to lose a training."""
+    try:
+        yield
+    except OSError:  # of a disk, on which nothing else could be published either
+        raise
+    except Exception:
+        log.exception("%s cannot be made; the bundle is published without", file)
+
+
+def _add_page(path: Path, manifest: bundle_pb2.BundleManifest) -> None:
+    """Write the page into the bundle, and list it, once."""
+    with _dispensable(page.FILE):
+        written = _file(path, page.write(path, manifest))
+        listed = [one for one in manifest.files if one.path != page.FILE]  # of a try before
+        del manifest.files[:]
+        manifest.files.extend(sorted([*listed, written], key=lambda one: PurePosixPath(one.path)))
+
+
 def _listed(path: Path) -> list[bundle_pb2.File]:
-    return [
-        bundle_pb2.File(
-            path=file.relative_to(path).as_posix(),
-            sha256=bundle.file_sha256(file),
-            size_bytes=file.stat().st_size,
-        )
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    ]
+    return [_file(path, file) for file in sorted(path.rglob("*")) if file.is_file()]
+
+
+def _file(path: Path, file: Path) -> bundle_pb2.File:
+    return bundle_pb2.File(
+        path=file.relative_to(path).as_posix(),
+        sha256=bundle.file_sha256(file),
+        size_bytes=file.stat().st_size,
+    )
 
 
 def _manifest(

@@ -120,6 +120,7 @@ def test_a_run_leaves_its_settings_and_artifacts(first, prefect_server):
         "training": "progress",  # of the first run, whose server had the same database
         "bundle-folder": "markdown",  # as Prefect keeps links
         "run-folder": "markdown",
+        "report": "markdown",
     }
 
 

@@ -250,7 +250,9 @@ def test_a_refused_model_leaves_a_report_that_the_refusal_names(tiny_trained, sm
         )
 
     assert f"nothing is published, {folder / 'refused.md'} has all figures" in str(refused.value)
-    assert "test accuracy is" in (folder / "refused.md").read_text()
+    for page in ("refused.md", "report.html"):
+        assert "test accuracy is" in (folder / page).read_text()
+    assert "The most confident mistakes" in (folder / "report.html").read_text()
 
     evaluate.score(tiny_trained(), small, ANY, folder=folder)
     assert list(folder.iterdir()) == []
@@ -304,6 +306,7 @@ def test_what_does_not_classify_is_judged_by_its_squared_error(keep, tmp_path):
     with pytest.raises(EvaluationError, match=r"test loss is 5\.167, the gate is 5;"):
         evaluate.score(trained, data, GateConfig(max_loss=5.0), folder=tmp_path / "run")
     assert "mean squared error: 5.167" in (tmp_path / "run" / "refused.md").read_text()
+    assert "Least close" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -84,6 +84,44 @@ def test_the_manifest_lists_every_file_there_is(publish_once):
     assert {"model.onnx", "golden.npz", "variants/model.float32.tflite"} < listed
 
 
+def test_the_page_is_of_the_version_it_is_in_and_shows_what_was_measured(publish_once):
+    pages = [(publish_once().path / "report.html").read_text() for _ in range(2)]
+
+    for number, text in enumerate(pages, start=1):
+        assert f"version {number}</small>" in text
+        for section in ("classes", "calibration", "first-layer", "mistakes", "parity", "serving"):
+            assert f'<section id="{section}">' in text
+        assert "onnx-float32 over gRPC" in text  # the fixture gives its report as the served one
+
+
+def test_a_second_try_to_publish_lists_the_page_once(stage, served, settings):
+    in_the_way = settings.publishing.models / settings.publishing.name / "config.pbtxt"
+    with publish.staging(settings.publishing) as folder:
+        staged = stage(folder)
+        in_the_way.mkdir(parents=True)
+        with pytest.raises(PublishError):
+            publish.publish(staged, served, settings.publishing)
+        in_the_way.rmdir()
+        path = publish.publish(staged, served, settings.publishing).path
+
+    listed = [file.path for file in bundle.read(path).manifest.files]
+    assert listed.count("report.html") == 1
+    assert listed == sorted(listed, key=lambda file: Path(file).parts)
+
+
+def test_a_page_that_cannot_be_made_keeps_no_proven_model_back(stage, served, settings):
+    with publish.staging(settings.publishing) as folder:
+        staged = stage(folder)
+        (staged.path / "report.npz").write_bytes(b"damaged")
+        manifest = bundle.read_manifest(staged.path)
+        (listed,) = [file for file in manifest.files if file.path == "report.npz"]
+        listed.sha256, listed.size_bytes = bundle.sha256(b"damaged"), 7
+        publish.write_manifest(staged.path, manifest)
+        path = publish.publish(staged, served, settings.publishing).path
+
+    assert "report.html" not in {file.path for file in bundle.read(path).manifest.files}
+
+
 def test_every_report_says_where_its_file_is(publish_once):
     path = publish_once().path
 

@@ -1,0 +1,91 @@
+"""Write the page of a model, or of two beside each other: `report`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.options import AsJson, Models
+from pipeline.commands.terminal import print_json, sentences
+from pipeline.errors import UsageError
+from service import bundle, command_line
+
+
+def _bundles(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete NAME/VERSION."""
+    models = Path(context.params.get("models") or "models")
+    found = [
+        f"{name}/{number}"
+        for name in command_line.models(models)
+        for number in command_line.versions(models, name)
+    ]
+    return command_line.beginning(found, incomplete)
+
+
+def report(
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE",
+            help="NAME/VERSION in the models' folder, or a path.",
+            autocompletion=_bundles,
+        ),
+    ],
+    second: Annotated[
+        str,
+        typer.Argument(metavar="OTHER", help="What to compare it with.", autocompletion=_bundles),
+    ] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The HTML file; by default named after the bundles, in this folder."),
+    ] = None,
+    models: Models = Path("models"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's page, or compare two models.
+
+    One HTML file with everything in it. Every published bundle has its page already, report.html;
+    this writes it anew, also for a bundle that was published without. Of two bundles, A and B, it
+    shows accuracy with intervals, McNemar's test where both answered the same rows, the settings
+    that differ, and parity, size and latency of every variant side by side.
+
+    Exit status: 0 written, 1 a bundle cannot be read or is damaged, 2 wrong options, 130 stopped
+    with Ctrl-C.
+
+    Example: train-export report fashion-mnist/3 --output fashion-mnist.html
+
+    Example: train-export report fashion-mnist/2 fashion-mnist/3
+    """
+    with sentences("stopped; no page was written"):
+        from pipeline import files, page  # noqa: PLC0415  not to print the help
+
+        paths = [_path(one, models) for one in (first, second) if one]
+        written = output or Path(f"{'-and-'.join('-'.join(one.parts[-2:]) for one in paths)}.html")
+        if len(paths) == 1:
+            text, found = page.of_bundle(paths[0]), {}
+        else:
+            text, compared = page.of_two(*paths)
+            found = asdict(compared)
+        files.write_whole(written, text.encode())
+    if as_json:
+        print_json({"page": str(written), **found})
+        return
+    if found:
+        print(f"{found['verdict']}.")
+    print(f"page: {written}")
+
+
+def _path(text: str, models: Path) -> Path:
+    """Return the folder of a bundle.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for path in (Path(text), models / text):
+        if (path / bundle.MANIFEST).is_file():
+            return path.resolve()
+    raise UsageError(
+        f"there is no bundle {text}, neither a path nor in {models}; train-export status lists "
+        "what is published"
+    )
