@@ -353,7 +353,7 @@ def reached() -> Iterator[None]:
 
 
 def _show(path: Path, models: Path, runs: Path) -> None:
-    from pipeline import report  # noqa: PLC0415
+    from pipeline import page, report  # noqa: PLC0415
     from service import bundle  # noqa: PLC0415
 
     console = Console()
@@ -361,6 +361,8 @@ def _show(path: Path, models: Path, runs: Path) -> None:
     manifest = bundle.read_manifest(path)
     console.print(report.table(manifest))
     print(f"bundle: {path}")
+    if (path / page.FILE).is_file():
+        print(f"page:   {path / page.FILE}")
     serve = "serve-export"
     if not shutil.which(serve):  # the environment is not activated: `make run` does not need it
         serve = os.path.relpath(Path(sys.executable).with_name(serve))
