@@ -44,7 +44,7 @@ class DataConfig:
     colour: Literal["auto", "gray", "rgb"] = "auto"  # of pictures; auto: gray if all of them are
     test_share: Share = 0.2  # of each class, where the source has no test rows of its own
     validation_share: Share = 0.2  # of the training rows, the same share of every class
-    split_seed: Seed = 42
+    split_seed: Seed = 42  # of which rows are in which part
     max_train_rows: Count | None = None  # None: all of them
 
 
@@ -74,23 +74,23 @@ class TrainingConfig:
         default_factory=dict
     )  # what that function takes
     engine: Literal["fit", "tape"] = "fit"  # Keras' own loop, or ours with tf.GradientTape
-    epochs: Count = 10
-    batch_rows: Count = 128
-    optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"
+    epochs: Count = 10  # how often all training rows are seen
+    batch_rows: Count = 128  # training rows in one step
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"  # Keras' own of that name
     learning_rate: Positive = 1e-3  # Adam's usual one; the highest that `schedule` reaches
     momentum: Share = 0.0  # of sgd and rmsprop
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "cosine", "one-cycle"] = "constant"
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0  # as Keras' optimizers take it
+    schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate
     warmup_share: Share = 0.0  # of all steps, in which the rate rises from 0
-    label_smoothing: Share = 0.0
+    label_smoothing: Share = 0.0  # of each target, spread evenly over all classes
     ema: Share = 0.0  # share of the old in the moving average of weights; 0: none is kept
     early_stopping: Whole = 0  # epochs without a lower validation loss that end it; 0: none do
     augmentation: Augmentation = field(default_factory=Augmentation)
     steps_per_execution: Count = 1  # steps in one call of TensorFlow
     shards: Count = 1  # pieces of a batch that are computed at the same time, a core each
-    xla: bool = False
+    xla: bool = False  # have XLA compile the step
     mixed_precision: bool = False  # 16 bits between layers, where this GPU or CPU is faster so
-    seed: Seed = 42
+    seed: Seed = 42  # of weights, of the order of rows, and of augmentation
     checkpoint_every_s: Positive = 300.0  # besides one at the end of every epoch
     keep: Count = 2  # how many of the last checkpoints; the best one is kept besides
     fresh: bool = False  # forget the checkpoints of an earlier run of the same settings
@@ -125,9 +125,9 @@ class PublishConfig:
 
     __pydantic_config__ = STRICT
 
-    models: Path = Path("models")
+    models: Path = Path("models")  # a folder of NAME/VERSION
     name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = (
-        "fashion-mnist"
+        "fashion-mnist"  # of the model, which clients ask for
     )
 
 
@@ -137,7 +137,7 @@ class Config:
 
     __pydantic_config__ = STRICT
 
-    preset: str
+    preset: str  # one of `PRESETS`
     runs: Path = Path("runs")  # checkpoints and exports, a folder for each set of settings
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

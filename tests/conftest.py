@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import signal
 import socket
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -33,6 +34,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if fronts and "front_kind" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("only_grpcio") is not None
         metafunc.parametrize("front_kind", ("grpcio",) if only else fronts)
+
+
+def pytest_configure() -> None:
+    """Have Ctrl-C end what tests start, though a shell that runs them aside had it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,6 +11,7 @@ by `service.front.guard`; where it is not to be used, `service.front.choice` kno
 import asyncio
 import logging
 import math
+import os
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pygrpc_native._native import CallDetails, DetailedEvent
 
 log = logging.getLogger(__name__)
+MAX_FOLDER_BYTES = 70  # a socket's path has at most 107 on Linux, 103 elsewhere
 MAX_CALLS = 128  # taken at once; more wait for the next thread
 MAX_METADATA_BYTES = 16 << 10  # as gRPC's core
 IO_THREADS = 1  # carries some 50,000 calls a second
@@ -78,7 +80,7 @@ class NativeFront:
         self._number = threads
         self._paths = tuple(rpc.paths)
         self._folder = tempfile.TemporaryDirectory(
-            prefix="serve-export-", ignore_cleanup_errors=True
+            prefix="serve-export-", ignore_cleanup_errors=True, dir=_socket_folder()
         )
         self._socket = Path(self._folder.name) / "grpcio"
         self._behind = GrpcioFront(
@@ -231,6 +233,12 @@ class NativeFront:
         elif self._stopping and call.path != self._rpc.streamed:  # which it refuses itself by now
             call.refuse(CallError(Status.UNAVAILABLE, DRAINING))
         return not call.over
+
+
+def _socket_folder() -> str:
+    """Return where temporary files go, or /tmp if a socket's path would be too long there."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= MAX_FOLDER_BYTES else "/tmp"  # noqa: S108  made 0700
 
 
 class _NativeCall(Call):

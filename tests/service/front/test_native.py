@@ -8,6 +8,7 @@ import asyncio
 import logging
 import socket
 import struct
+import tempfile
 import threading
 import time
 import zlib
@@ -112,6 +113,16 @@ def test_overload_does_not_say_when_to_come_again_but_its_other_trailers_do_come
     found: Any = caught.value
     assert found.code() is grpc.StatusCode.UNAVAILABLE
     assert [tuple(pair) for pair in found.trailing_metadata()] == [("some-key", "value")]
+
+
+def test_a_long_path_to_temporary_files_does_not_keep_it_from_listening(
+    listen, dial, monkeypatch, tmp_path
+):
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    assert dial(listen(Fake())).unary_unary(LIVE)(b"") == b""
 
 
 def test_peer_of_a_stream_is_the_socket_to_the_front_behind(listen, dial):
