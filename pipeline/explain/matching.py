@@ -50,6 +50,8 @@ def layouts(value: Floats, shape: tuple[int, ...]) -> list[NDArray[np.float32]]:
             found.append(turned[..., : shape[3]])
     if not found and value.size == np.prod(shape):
         found.append(value.reshape(shape))
+        if value.ndim == PLANES:  # what was turned and then made flat; ours is made flat unturned
+            found.append(value.transpose(0, 2, 3, 1).reshape(shape))
     return found
 
 

@@ -167,6 +167,10 @@ def drop_dense_bias(model):
     change(model, (16,), np.zeros_like)
 
 
+def strengthen_dense(model):
+    change(model, (108, 16), lambda kernel: kernel * np.float32(1.01))
+
+
 def reverse_channels(model):
     change(model, first_kernel(model), lambda kernel: kernel[:, ::-1])
 
@@ -208,6 +212,7 @@ def other_weights(model):
         (miss_scale, "scale", "scale"),
         (drop_bias, "conv2", "offset"),
         (drop_dense_bias, "dense", "offset"),
+        (strengthen_dense, "dense", "unknown"),
         (reverse_channels, "the input", "layout"),
         (swap_height_and_width, "the input", "layout"),
         (move_padding, "conv2", "padding"),
