@@ -5,17 +5,19 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.dependency_groups import resolve_dependency_groups
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 SERVICE = EXTRAS["service"] + EXTRAS["serving"]
-PIPELINE = EXTRAS["pipeline"] + SERVICE
+PIPELINE = EXTRAS["pipeline"] + EXTRAS["playground"] + SERVICE
+DEVELOPMENT = map(str, resolve_dependency_groups(PROJECT["dependency-groups"], "dev"))
 WANTED = {
     "service": SERVICE,
     "pipeline": PIPELINE,
-    "dev": PIPELINE + EXTRAS["telemetry"] + PROJECT["dependency-groups"]["dev"],
+    "dev": [*PIPELINE, *EXTRAS["telemetry"], *DEVELOPMENT],
 }
 
 

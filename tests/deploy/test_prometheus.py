@@ -139,9 +139,11 @@ def test_what_is_scraped_is_what_compose_runs():
     listens = compose[name]["environment"]["SERVE_EXPORT_METRICS_ADDRESS"]
     assert replicas["port"] == int(listens.rpartition(":")[2])
     (balancer,) = jobs["balancer"]["static_configs"]
-    port = envoy["admin"]["address"]["socket_address"]["port_value"]
+    listeners = {one["name"]: one for one in envoy["static_resources"]["listeners"]}
+    port = listeners["status"]["address"]["socket_address"]["port_value"]
     assert balancer["targets"] == [f"balancer:{port}"]
     assert "balancer" in compose
+    assert envoy["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
     used = set(re.findall(r'job="(\w+)"', (PROMETHEUS / "rules.yml").read_text()))
     used |= set(re.findall(r'job="(\w+)"', " ".join(observability.dashboard_queries())))
     assert used <= set(jobs)
