@@ -111,7 +111,10 @@ def whole_bundle(path: Path, against: Path | None = None) -> Found:
 
     Raises:
         CheckError: a file is not what the manifest says, or cannot be run.
+        UsageError: there is no such folder.
     """
+    if not path.is_dir():
+        raise UsageError(f"there is no folder {path}; expected a bundle's, MODELS/NAME/VERSION")
     try:
         content = bundle.read(path)
     except BundleError as error:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 STATUSES = {  # of every command of both programs
     0: "done",
     1: "refused or failed, or what was asked about does not hold; `error: …` says why",
-    2: "wrong options, or asked about what is not there",
+    2: "options that do not exist or cannot go together; of `check` and `explain` also: what was "
+    "asked about is not there",
     75: "training was stopped by SIGTERM; the same command goes on where it was",
     130: "stopped with Ctrl-C",
     143: "stopped by SIGTERM",

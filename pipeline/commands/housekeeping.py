@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.status import Run, Version
 
 WHOLE = {"published", "changed", "size"}  # columns that are never broken
+DAY = len("2026-01-31")
 
 
 def status(
@@ -97,7 +98,7 @@ def _versions(versions: "list[Version]") -> Table:
             ", ".join(one.aliases),
             "" if one.accuracy is None else f"{one.accuracy:.2%}",
             _size(one.size_bytes),
-            _when(one.created),
+            _when(one.created)[:DAY],
             one.parity,
         )
     return drawn
@@ -118,7 +119,12 @@ def _runs(found: "list[Run]") -> Table:
 def _table(*columns: str) -> Table:
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, column in enumerate(columns):
-        drawn.add_column(column, overflow="fold", no_wrap=place == 0 or column in WHOLE)
+        drawn.add_column(
+            column,
+            overflow="fold",
+            no_wrap=place == 0 or column in WHOLE,
+            min_width=len(column),  # no heading breaks within a word
+        )
     return drawn
 
 

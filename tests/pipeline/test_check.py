@@ -328,6 +328,13 @@ def test_options_that_do_not_go_together_are_refused_as_usage(words):
     assert "give --bundle" in result.stderr
 
 
+def test_a_bundle_that_is_not_there_is_usage_and_not_a_verdict(tmp_path):
+    result = run("--bundle", str(tmp_path / "none"))
+
+    assert result.exit_code == 2
+    assert "there is no folder" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
