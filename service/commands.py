@@ -480,7 +480,10 @@ def playground(  # noqa: PLR0913  one parameter an option
         Path | None, typer.Option(help="NAME/VERSION in it, instead of all of them.")
     ] = None,
     listen: Annotated[
-        str, typer.Option(help="HOST:PORT of the page; port 0 picks a free one.")
+        str,
+        typer.Option(
+            help="HOST:PORT of the page; port 0 picks a free one. Off loopback any Host is taken."
+        ),
     ] = "127.0.0.1:7860",
     tls: UseTls = False,
     tls_ca: TlsCa = None,
@@ -494,7 +497,8 @@ def playground(  # noqa: PLR0913  one parameter an option
     what every other variant and the original answer, and the server's load and parity while it
     serves. The variants need --models or --bundle, and train-export[pipeline] beside this command.
     The page loads nothing from elsewhere. Whoever reaches --listen may ask the server with our
-    token.
+    token; names other than this host's own are refused only while --listen is a loopback address.
+    SIGTERM or Ctrl-C ends it at once.
 
     Exit status: 0 stopped with SIGTERM or Ctrl-C, 1 could not start, 2 wrong options.
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.runtimes import Array, open_model
 from protos import bundle_pb2
 from service import bundle
 
+CALLS = 3  # timed, for a question; others use the same cores meanwhile, such as who starts
 LOOK_S = 0.5  # between two looks whether who asked is still there
 Say = Callable[[dict[str, Any]], None]
 Run = Callable[[Array], dict[str, Array]]
@@ -55,8 +57,9 @@ def answer(path: Path, lines: Iterable[str], say: Say) -> None:
         say: given {"variants": [...]}, the names, at first. Then an answer for each question and
             variant, in the order in which they are ready: {"id": 1, "variant": "onnx-int8",
             "outputs": [[...]], "seconds": 0.002}, the rows of the output that parity is measured on
-            and the time in the model; or {"id": 1, "variant": "...", "error": "..."}. A line that
-            is no question is answered {"error": "..."}. Called from several threads, one at a time.
+            and the time in the model, the best of 3 calls; or {"id": 1, "variant": "...",
+            "error": "..."}. A line that is no question is answered {"error": "..."}. Called from
+            several threads, one at a time.
 
     Raises:
         BundleError: the bundle is not what its manifest promises.
@@ -126,6 +129,12 @@ def _question(line: str, like: Array) -> Question:
     return Question(asked.get("id"), rows)
 
 
+def _timed(run: Run, rows: Array) -> tuple[float, dict[str, Array]]:
+    started_s = time.monotonic()
+    found = run(rows)
+    return time.monotonic() - started_s, found
+
+
 class _Group:
     """The variants of one runtime, and the thread that has them answer."""
 
@@ -161,9 +170,8 @@ class _Group:
         if variant.name not in self._opened:
             self._opened[variant.name] = self._open(variant)
             self._opened[variant.name](rows)  # the first call of most runtimes is a slow one
-        started_s = time.monotonic()
-        found = self._opened[variant.name](rows)
-        seconds = time.monotonic() - started_s
+        run = self._opened[variant.name]
+        seconds, found = min((_timed(run, rows) for _ in range(CALLS)), key=itemgetter(0))
         if self._output not in found:
             raise CheckError(f"{variant.path} has the outputs {sorted(found)}, not {self._output}")
         outputs = found[self._output].astype(np.float32)

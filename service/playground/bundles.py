@@ -46,14 +46,15 @@ class Bundles:
             path = self.bundle.resolve()
             if (path.parent.name, path.name) != (model, version):
                 raise PlaygroundError(
-                    f"{self.bundle} is {path.parent.name} {path.name}; give --models, the folder "
-                    f"that has {model} {version} as well"
+                    f"the folder {self.bundle} is {path.parent.name} {path.name}; give "
+                    f"--models, the folder that has {model} {version} as well"
                 )
             return path
         path = (self.models or Path()) / model / version
         if not names or not (path / bundle.MANIFEST).is_file():
             raise PlaygroundError(
-                f"{self.models} has no {model} {version}; give the folder that the server serves"
+                f"the folder {self.models} has no {model} {version}; give the folder that the "
+                "server serves"
             )
         return path
 
@@ -84,8 +85,8 @@ class Reader:
         served = about.properties.get("model.sha256", "")
         if served and bundle.sha256(found.model) != served:
             raise PlaygroundError(
-                f"{path} is another {about.name} {version} than the server's; give the folder "
-                "that the server serves"
+                f"the folder {path} is another {about.name} {version} than the server's; give the "
+                "folder that the server serves"
             )
         return found
 

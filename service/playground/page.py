@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Mapping,
     MutableMapping,
     Sequence,
 )
@@ -27,9 +28,11 @@ from starlette.routing import Route
 
 from service.aio_client import AsyncClient
 from service.errors import ServiceError
-from service.playground import live
+from service.playground import live, words
 from service.playground.answers import Answers, Asked
 from service.playground.bundles import Bundles, Reader
+from service.playground.ending import until
+from service.playground.errors import PlaygroundError
 from service.playground.variants import COMMAND, Variants
 
 STATIC = Path(__file__).parent / "static"
@@ -49,10 +52,12 @@ HEADERS = {
 }
 AWAY = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"})
 OUR_OWN = ("same-origin", "none")
+MAX_DIGITS = 9  # of a row
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ def application(parts: Parts, stopped: asyncio.Event) -> Starlette:
         others = Variants(parts.command)
         async with parts.client as client:
             app.state.answers = Answers(client, Reader(parts.bundles), others)
+            app.state.stopped = stopped
             try:
                 yield
             finally:
@@ -86,8 +92,8 @@ def application(parts: Parts, stopped: asyncio.Event) -> Starlette:
         routes=[
             *(Route(path, _file) for path in FILES),
             Route("/api/live", states),
-            Route("/api/images", _images),
-            Route("/api/answer", _answer, methods=["POST"]),
+            Route("/api/images", _until_stopped(_images)),
+            Route("/api/answer", _until_stopped(_answer), methods=["POST"]),
         ],
         middleware=[Middleware(_Guard, loopback=parts.loopback)],
         lifespan=lifespan,
@@ -126,7 +132,26 @@ class _Guard:
             return "this page is asked for by another name than this host's own"
         if request.headers.get("sec-fetch-site", "none") not in OUR_OWN and request.url.path != "/":
             return "another page may not ask"
+        origin = request.headers.get("origin")
+        ours = [f"{scheme}://{host}".lower() for scheme in ("http", "https")]
+        if origin is not None and origin.lower() not in ours:
+            return "another page may not ask"
         return ""
+
+
+def _until_stopped(endpoint: Endpoint) -> Endpoint:
+    """Return an endpoint that gives up what it waits for once the page is to stop."""
+
+    async def given_up(request: Request) -> Response:
+        async def answered() -> AsyncGenerator[Response, None]:
+            yield await endpoint(request)
+
+        async with aclosing(until(request.app.state.stopped, answered())) as found:
+            async for response in found:
+                return response
+        return JSONResponse({"error": "the playground stops", "away": True}, 503)
+
+    return given_up
 
 
 async def _file(request: Request) -> FileResponse:
@@ -135,11 +160,11 @@ async def _file(request: Request) -> FileResponse:
 
 async def _images(request: Request) -> JSONResponse:
     asked = request.query_params
-    start = max(0, _number(asked.get("from", "0")))
     answers: Answers = request.app.state.answers
-    return JSONResponse(
-        await answers.test_images(asked.get("model", ""), asked.get("version", ""), start)
+    found = await answers.test_images(
+        asked.get("model", ""), asked.get("version", ""), _number(asked, "from") or 0
     )
+    return JSONResponse(words.plain(found))
 
 
 async def _answer(request: Request) -> Response:
@@ -163,20 +188,20 @@ async def _answer(request: Request) -> Response:
             model=asked.get("model", ""),
             version=asked.get("version", ""),
             content=content,
-            row=_number(asked["row"]) if "row" in asked else None,
+            row=_number(asked, "row"),
             invert=asked.get("invert") == "1",
         )
     )
     first = await anext(messages)  # whose refusal is the answer's
 
     async def lines() -> AsyncGenerator[str, None]:
-        async with aclosing(messages):
-            yield f"{json.dumps(first)}\n"
+        async with aclosing(until(request.app.state.stopped, messages)) as found:
+            yield _line(first)
             try:
-                async for message in messages:
-                    yield f"{json.dumps(message)}\n"
+                async for message in found:
+                    yield _line(message)
             except ServiceError as error:
-                yield f"{json.dumps({'error': str(error)})}\n"
+                yield _line({"error": str(error)})
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 
@@ -203,7 +228,7 @@ def _events(parts: Parts, stopped: asyncio.Event) -> StreamingResponse:
         async with aclosing(live.states(parts.client, stopped=stopped)) as found:
             async for state in found:
                 state["address"] = parts.address
-                yield f"data: {json.dumps(state)}\n\n"
+                yield f"data: {_line(state)}\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -212,8 +237,21 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     code = getattr(error, "code", "")  # of what the server refused
     away = code in AWAY
     status = 503 if away else 502 if code else 400
-    return JSONResponse({"error": str(error), "away": away}, status)
+    return JSONResponse({"error": words.plain(str(error)), "away": away}, status)
 
 
-def _number(text: str) -> int:
-    return int(text) if text.isdecimal() else -1
+def _number(asked: Mapping[str, str], name: str) -> int | None:
+    """Return what a query says, None if it does not; raises PlaygroundError for no number."""
+    text = asked.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
+        shown = text if len(text) <= MAX_DIGITS else f"{text[:MAX_DIGITS]}..."
+        raise PlaygroundError(
+            f"{name} is {shown!r}, expected a whole number of at most {MAX_DIGITS} digits"
+        )
+    return int(text)
+
+
+def _line(message: dict[str, Any]) -> str:
+    return f"{json.dumps(words.plain(message))}\n"

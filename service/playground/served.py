@@ -46,12 +46,13 @@ async def metadata(client: AsyncClient, model: str, version: str) -> pb.ModelMet
         taken = about.inputs[0] if about.inputs else None
         shape = list(taken.shape[1:]) if taken else []
         raise PlaygroundError(
-            f"{model} takes {taken.datatype if taken else 'nothing'} of shape {shape}, the page "
-            "has pictures: UINT8 of one size with 1 or 3 channels"
+            f"the model {model} takes {taken.datatype if taken else 'nothing'} of shape {shape}, "
+            "the page has pictures: UINT8 of one size with 1 or 3 channels"
         )
     if "probabilities" not in outputs:
         raise PlaygroundError(
-            f"{model} answers {', '.join(sorted(outputs))}, the page shows probabilities of classes"
+            f"the model {model} answers {', '.join(sorted(outputs))}, the page shows "
+            "probabilities of classes"
         )
     return about
 

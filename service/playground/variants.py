@@ -39,8 +39,8 @@ def missing() -> str:
     if not lacking:
         return ""
     return (
-        f"{lacking[0]} is not installed beside the playground, so only the server answers; install "
-        "train-export[pipeline] to see the other variants and the original"
+        f"the package {lacking[0]} is not installed beside the playground, so only the server "
+        "answers; install train-export[pipeline] to see the other variants and the original"
     )
 
 
@@ -78,10 +78,11 @@ class Variants:
             yield said
 
     async def close(self) -> None:
-        """End every process."""
-        for running in self._running.values():
-            await running.close()
-        self._running.clear()
+        """End every process, also one that somebody has just given up to start."""
+        async with self._starting:
+            for running in self._running.values():
+                await running.close()
+            self._running.clear()
 
     async def _of(self, bundle: Path) -> "_Running":
         async with self._starting:

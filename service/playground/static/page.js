@@ -11,7 +11,7 @@ const LATE_MS = 6000; // without a word from our own server
 const $ = (id) => document.getElementById(id);
 const state = {
   models: [], up: null, last: null, // what was asked last, to be asked again
-  asking: null, start: 0, imagesOf: "", rates: [], live: null, heard: 0,
+  asking: null, start: 0, imagesOf: "", rates: [], ratesOf: "", live: null, heard: 0,
 };
 
 function make(tag, attributes = {}, ...children) {
@@ -34,6 +34,12 @@ function say(id, sentence) {
   if ($(id).textContent !== shown) $(id).textContent = shown;
   $(id).hidden = !sentence;
 }
+function sayRefused(sentence) { // unless the same is said above, where the test images would be
+  say("refused", sentence);
+  if (!$("pick").hidden && !$("no-images").hidden && $("no-images").textContent === $("refused").textContent)
+    $("refused").hidden = true;
+}
+const plain = (text) => text.replace(/\p{C}/gu, "�"); // as our server does with what it sends
 const percent = (share) => share >= 0.99995 ? "100 %" : `${(100 * share).toFixed(share > 0.0995 && share < 0.9995 ? 1 : 2)} %`;
 const small = (value) =>
   value === 0 ? "0" : value >= 0.01 ? value.toPrecision(2)
@@ -90,6 +96,7 @@ async function refreshImages(start = 0) {
   }
   if (state.imagesOf !== wanted || found.away) return;
   say("no-images", found.error);
+  sayRefused($("refused").textContent);
   $("pages").hidden = !found.images;
   $("images").replaceChildren();
   if (found.error) return;
@@ -192,10 +199,10 @@ function upload(file) {
   if (!file) return;
   open($("tab-upload"));
   if (file.size > MAX_UPLOAD_BYTES) {
-    say("refused", `“${file.name}” has ${Math.round(file.size / 2 ** 20)} MB, expected at most 32; make it smaller`);
+    say("refused", `“${plain(file.name)}” has ${Math.round(file.size / 2 ** 20)} MB, expected at most 32; make it smaller`);
     return;
   }
-  ask({ content: file, name: file.name });
+  ask({ content: file, name: plain(file.name) });
 }
 $("file").addEventListener("change", () => { upload($("file").files[0]); $("file").value = ""; });
 for (const kind of ["dragover", "dragleave", "drop"]) document.addEventListener(kind, (event) => {
@@ -247,7 +254,7 @@ function refuse(message, answered) {
   if (answered) { lack(message.error); return; }
   state.retry = message.away === true;
   const name = state.last.name ? `“${state.last.name}”: ` : "";
-  say("refused", name + message.error + (state.retry ? ". This image is asked again when the server is back" : ""));
+  sayRefused(name + message.error + (state.retry ? ". This image is asked again when the server is back" : ""));
   $("answered").hidden = true;
   $("nothing").hidden = false;
   $("nothing").textContent = "No answer to this image.";
@@ -378,6 +385,7 @@ function meter(apart, allowed) {
 // What the server says of itself
 
 function showLive() {
+  keepRates();
   const live = state.live, { model, version } = chosen();
   if (!live?.up) return;
   const ofModel = (list) => list.filter((one) => one.model === model && (!version || one.version === version));
@@ -399,11 +407,22 @@ function showLive() {
   $("figures").replaceChildren(...figures.map(([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value }))));
   showParity(parity);
 }
+function keepRates() { // of what is chosen now
+  const of = JSON.stringify(chosen());
+  if (of === state.ratesOf) return;
+  state.ratesOf = of;
+  state.rates = [];
+  showChart();
+}
 function showChart() {
   const rates = state.rates, top = Math.max(10, ...rates) * 1.1, width = 300, height = 64;
   const points = rates.map((rate, place) =>
     `${(width - (rates.length - 1 - place) * width / (KEPT_SECONDS - 1)).toFixed(1)},${(height - 2 - (height - 6) * rate / top).toFixed(1)}`);
-  if (!points.length) return;
+  if (!points.length) {
+    $("peak").textContent = "";
+    $("chart").replaceChildren();
+    return;
+  }
   $("peak").textContent = `images a second, the last two minutes; at most ${number(Math.max(...rates))}`;
   const first = points[0].split(",")[0];
   $("chart").replaceChildren(
@@ -441,20 +460,24 @@ function showParity(parity) {
 }
 const meterText = (one) => `${small(one.apart)} of ${small(one.allowed)}`;
 
+function showUp(up) { // what the server said last is not what it does now
+  for (const id of ["load", "parity"]) $(id).classList.toggle("stale", !up);
+}
 function hear(live) {
   state.heard = Date.now();
   const came = live.up && state.up !== true;
   state.up = live.up;
   state.live = live;
-  const { model, version } = chosen();
   const pill = live.up ? `serving on ${live.address}` : `no server on ${live.address}`;
   if ($("server").textContent !== pill) $("server").textContent = pill;
   $("server").className = `pill ${live.up ? "up" : "down"}`;
   say("away", live.up ? "" : `${live.reason}. This page goes on by itself when it is back.`);
+  showUp(live.up);
+  if (live.up) { showModels(live.models); showLive(); }
+  const { model, version } = chosen();
   const rows = (live.load ?? []).filter((one) => one.model === model && (!version || one.version === version));
   state.rates.push(rows.reduce((total, one) => total + (one.rows_per_s ?? 0), 0));
   if (state.rates.length > KEPT_SECONDS) state.rates.shift();
-  if (live.up) { showModels(live.models); showLive(); }
   showChart();
   if (came) { refreshImages(state.start); if (state.retry) again(); }
 }
@@ -464,6 +487,7 @@ function watch() {
   setInterval(() => {
     if (Date.now() - state.heard < LATE_MS) return;
     state.up = false;
+    showUp(false);
     $("server").textContent = "the playground has stopped";
     $("server").className = "pill down";
     say("away", "The playground itself does not answer. This page goes on by itself when it is back.");

@@ -1,6 +1,7 @@
 """The page in a real browser: Debian's Chromium, on servers of the tiny model."""
 
 import io
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -188,12 +189,15 @@ def test_a_server_that_goes_away_is_said_and_the_page_goes_on_when_it_is_back(
     expect(page.locator("#server")).to_have_text(f"no server on {address}")
     expect(page.locator("#away")).to_contain_text(f"No server answers at {address}")
     page.locator("#images button").nth(5).click()
+    expect(page.locator("#load")).to_have_class("card stale")
+    expect(page.locator("#parity")).to_have_class("card stale")
     expect(page.locator("#refused")).to_contain_text("asked again when the server is back")
     expect(page.locator("#answered")).to_be_hidden()
     start_server(*options).address()
 
     expect(page.locator("#server")).to_have_text(f"serving on {address}")
     expect(page.locator("#away")).to_be_hidden()
+    expect(page.locator("#load")).to_have_class("card")
     answered(page)
     expect(page.locator("#refused")).to_be_hidden()
     expect(page.locator("#seen")).not_to_have_attribute("src", first)
@@ -219,6 +223,64 @@ def test_a_version_that_is_published_appears_and_can_be_chosen(
     page.select_option("#version", "2")
     expect(page.locator("#by")).to_have_text("tiny, version 2")
     expect(page.locator("#top")).to_contain_text("striped")
+
+
+def test_the_load_of_one_version_is_not_drawn_as_another_ones(
+    make_bundle, open_repository, listen, open_page, visit
+):
+    from service.rpc import Rpc
+
+    path = make_bundle(version=1)
+    make_bundle(version=2, striped=2)
+    repository = open_repository(path.parents[1])
+    page = visit(open_page(listen(Rpc(repository)), path.parents[1]).url)
+    expect(page.locator("#chart .line")).to_have_attribute("d", re.compile("(L.*){3}"))
+
+    page.select_option("#version", "2")
+
+    drawn = page.evaluate("document.querySelector('#chart .line')?.getAttribute('d') ?? ''")
+    assert drawn.count("L") <= 1
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bars_stay_beside_a_class_of_a_long_name(
+    make_bundle, open_repository, listen, open_page, visit, width
+):
+    from service.rpc import Rpc
+
+    def edit(manifest):
+        manifest.labels[0] = "dark " * 28
+
+    models = make_bundle(edit=edit).parents[1]
+    page = visit(open_page(listen(Rpc(open_repository(models))), models).url, width=width)
+    answered(page)
+
+    name, track = (page.locator(f"#bars .{one}").first.bounding_box() for one in ("name", "track"))
+    whole = page.locator("#bars").bounding_box()["width"]
+    assert name["width"] <= 0.41 * whole
+    assert track["width"] >= 0.25 * whole
+    assert page.locator("#bars .name").first.get_attribute("title") == "dark " * 28
+
+
+def test_a_model_that_takes_no_pictures_is_named_once_and_as_it_is_called(
+    make_bundle, make_generic_bundle, open_repository, listen, open_page, visit
+):
+    from service.rpc import Rpc
+
+    models = make_bundle().parents[1]
+    assert make_generic_bundle().parents[1] == models
+    page = visit(open_page(listen(Rpc(open_repository(models))), models).url)
+    page.select_option("#model", "tiny")
+    answered(page)
+
+    page.select_option("#model", "line")
+
+    expect(page.locator("#no-images")).to_contain_text("The model line takes FP32")
+    expect(page.locator("#answer")).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#refused")).to_be_hidden()
+    page.click("#tab-upload")
+    page.locator("#file").set_input_files(png([[250, 0], [250, 0]]))
+    expect(page.locator("#refused")).to_contain_text("the model line takes FP32")
 
 
 @pytest.mark.parametrize("width", WIDTHS)

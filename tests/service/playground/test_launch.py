@@ -47,12 +47,13 @@ def start():
     """Return a function that starts the command on a free port; what is left of it is killed."""
     started = []
 
-    def start(*options):
+    def start(*options, env=None):
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "playground", "--listen", "127.0.0.1:0", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=env,
         )
         started.append(process)
         line = process.stdout.readline()
@@ -70,6 +71,24 @@ def test_a_signal_ends_the_page_cleanly_while_a_browser_watches(start, number):
     process, url = start("--address", "127.0.0.1:1")
     with urllib.request.urlopen(f"{url}/api/live", timeout=30) as events:
         assert b'"up": false' in events.readline()
+        process.send_signal(number)
+
+        output, errors = process.communicate(timeout=60)
+
+    assert (process.returncode, output, errors) == (0, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_page_cleanly_while_the_original_still_starts(
+    start, served, number, tmp_path
+):
+    address, models = served
+    (tmp_path / "tensorflow.py").write_text("import time\ntime.sleep(600)\n")
+    slow = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process, url = start("--address", address, "--models", str(models), env=slow)
+    request = urllib.request.Request(f"{url}/api/answer?model=tiny&row=0", data=b"")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert b'"served"' in answer.readline()
         process.send_signal(number)
 
         output, errors = process.communicate(timeout=60)

@@ -92,7 +92,12 @@ def test_light_and_dark_are_swapped_when_it_is_asked_for(shown):
         ),
         ("model=tiny", b"", "the file is not a PNG or JPEG picture"),
         ("model=tiny&row=12", b"", "there is no test image 12"),
-        ("model=tiny&row=x", b"", "there is no test image -1"),
+        ("model=tiny&row=x", b"", "row is 'x', expected a whole number of at most 9 digits"),
+        (
+            f"model=tiny&row={'1' * 5000}",
+            b"",
+            "row is '111111111...', expected a whole number of at most 9 digits",
+        ),
     ],
 )
 def test_what_cannot_be_answered_is_one_sentence(shown, query, content, said):
@@ -186,6 +191,47 @@ def test_another_page_in_the_same_browser_may_not_ask(shown):
     assert refused.json == {"error": "another page may not ask"}
     assert shown.get("/", Sec_Fetch_Site="cross-site").status == 200  # a link to us
     assert shown.get("/api/answer?model=tiny", GOOD, Sec_Fetch_Site="same-origin").status == 200
+
+
+@pytest.mark.parametrize("loopback", [True, False])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://[", "http://127.0.0.1:1"]
+)
+def test_a_page_of_another_origin_may_not_ask_wherever_we_listen(
+    served, open_page, loopback, origin
+):
+    shown = open_page(*served, loopback=loopback)
+
+    refused = shown.get("/api/answer?model=tiny", GOOD, Origin=origin)
+
+    assert (refused.status, refused.json) == (403, {"error": "another page may not ask"})
+    assert shown.get("/api/answer?model=tiny", GOOD, Origin=shown.url).status == 200
+
+
+@pytest.mark.parametrize("start", ["9" * 5000, "-1", "x"])
+def test_where_test_images_begin_has_to_be_a_number(shown, start):
+    reply = shown.get(f"/api/images?model=tiny&from={start}")
+
+    assert reply.status == 400
+    assert "expected a whole number of at most 9 digits" in reply.json["error"]
+
+
+def test_labels_cannot_turn_what_stands_around_them(
+    make_bundle, open_repository, listen, open_page
+):
+    from service.rpc import Rpc
+
+    def edit(manifest):
+        manifest.labels[0] = "\u202ekrad"
+
+    models = make_bundle(edit=edit).parents[1]
+    shown = open_page(listen(Rpc(open_repository(models))), models)
+
+    images = shown.get("/api/images?model=tiny").json["images"]
+    first = shown.get("/api/answer?model=tiny", GOOD).lines[0]["served"]
+
+    assert first["labels"][0] == "�krad"
+    assert "�krad" in {one["label"] for one in images}
 
 
 def test_the_server_is_watched_as_a_stream_of_events(shown):

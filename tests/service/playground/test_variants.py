@@ -136,7 +136,9 @@ def test_what_has_to_be_installed_is_said(monkeypatch):
 
     monkeypatch.setattr(variants, "NEEDED", ("tensorflow", "no_such_package"))
 
-    assert variants.missing().startswith("no_such_package is not installed beside the playground")
+    assert variants.missing().startswith(
+        "the package no_such_package is not installed beside the playground"
+    )
 
 
 def test_the_real_process_answers_for_a_bundle(make_bundle):
