@@ -249,7 +249,8 @@ def _judge(
         try:
             path = refusal.write(folder, why, trained, data, gate, scores)
             report = f", {path} has all figures"
-            _write_page(folder, why, gather)
+            shown = _write_page(folder, why, gather)
+            report += f" and {shown} shows them" if shown else ""
         except OSError as error:
             log.warning("the report of what was refused cannot be written: %s", error)
     raise EvaluationError(
@@ -257,17 +258,21 @@ def _judge(
     )
 
 
-def _write_page(folder: Path, why: list[str], gather: Callable[[], evidence.Evidence]) -> None:
+def _write_page(
+    folder: Path, why: list[str], gather: Callable[[], evidence.Evidence]
+) -> Path | None:
     """Write the page of a refused model, whose report is there; without it the refusal stands."""
     known = bundle_pb2.BundleManifest()
     figures = json.loads((folder / refusal.FIGURES).read_bytes())
     json_format.ParseDict(figures, known, ignore_unknown_fields=True)
     try:
-        log.info("the model's page: %s", page.write_refused(folder, known, gather(), why))
+        shown = page.write_refused(folder, known, gather(), why)
     except OSError:
         raise
     except Exception:
         log.exception("the page of the refused model cannot be made")
+        return None
+    return shown
 
 
 def _failures(data: Dataset, gate: GateConfig, scores: Scores) -> list[str]:

@@ -1,9 +1,13 @@
 """The report that a refused model leaves in its run's folder, in the place of a bundle."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import json_format
 
@@ -12,7 +16,10 @@ from pipeline.config import GateConfig
 from pipeline.records import Dataset, Scores, Trained
 from protos import bundle_pb2
 
+log = logging.getLogger(__name__)
 PAGE, FIGURES, CURVES = "refused.md", "refused.json", "refused.png"
+CONFIG = "config.json"  # every setting of the run, which the run itself writes first
+TOOLS = ("train-export", "tensorflow", "keras", "numpy")  # that had a part in it until here
 
 
 def write(
@@ -28,7 +35,7 @@ def write(
     The JSON has the fields of a manifest, as far as they are known, and `why` and `gate`.
 
     Args:
-        folder: of the run.
+        folder: of the run; the settings are those of its `config.json`, where there is one.
         why: what the model did not reach, a part of a sentence each.
         trained: the model.
         data: what it was tested on.
@@ -46,11 +53,24 @@ def write(
         kind=bundle_pb2.KIND_CLASSIFIER if data.classifies else bundle_pb2.KIND_GENERIC,
         labels=data.labels,
         dataset=bundle_pb2.Dataset(
-            name=data.name, sha256=data.sha256, test_rows=data.test_rows, findings=data.findings
+            name=data.name,
+            sha256=data.sha256,
+            train_rows=data.train_rows,
+            validation_rows=data.validation_rows,
+            test_rows=data.test_rows,
+            split_seed=data.split_seed,
+            findings=data.findings,
         ),
         training=messages.training(trained),
         evaluation=messages.evaluation(trained, scores, gate),
+        provenance=bundle_pb2.Provenance(
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            parent_sha256=trained.sha256,
+            tools={tool: version(tool) for tool in TOOLS},
+            dataset_license=data.license,
+        ),
     )
+    _add_settings(known, folder / CONFIG)
     if trained.history:
         curves.draw(trained.history, folder / CURVES, f"{data.name}, refused")
     fields = json_format.MessageToDict(known, preserving_proto_field_name=True)
@@ -66,6 +86,30 @@ def remove(folder: Path) -> None:
     """Remove the report of a model that was refused before, if there is one."""
     for name in (PAGE, FIGURES, CURVES):
         (folder / name).unlink(missing_ok=True)
+
+
+def _add_settings(known: bundle_pb2.BundleManifest, path: Path) -> None:
+    """Add what the run was told; without it the report stands."""
+    try:
+        tables: dict[str, Any] = json.loads(path.read_bytes())
+        told = bundle_pb2.BundleManifest(
+            name=tables["publishing"]["name"],
+            training=bundle_pb2.Training(
+                preset=tables["preset"],
+                **{
+                    name: tables["training"][name]
+                    for name in ("architecture", "seed", "batch_rows", "learning_rate")
+                },
+            ),
+        )
+        del tables["runs"], tables["publishing"]["models"]  # this machine's
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be read, the report has no settings: %s", path, error)
+        return
+    told.training.config = json.dumps(tables, sort_keys=True)
+    known.MergeFrom(told)
 
 
 def _page(known: bundle_pb2.BundleManifest, why: Sequence[str], model: Path) -> Iterator[str]:

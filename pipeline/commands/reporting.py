@@ -60,14 +60,18 @@ def report(
     with sentences("stopped; no page was written"):
         from pipeline import files, page  # noqa: PLC0415  not to print the help
 
-        paths = [_path(one, models) for one in (first, second) if one]
+        paths = [_path(first, models), *([_path(second, models)] if second else [])]
         written = output or Path(f"{'-and-'.join('-'.join(one.parts[-2:]) for one in paths)}.html")
+        _check_writable(written)
         if len(paths) == 1:
             text, found = page.of_bundle(paths[0]), {}
         else:
             text, compared = page.of_two(*paths)
             found = asdict(compared)
-        files.write_whole(written, text.encode())
+        try:
+            files.write_whole(written, text.encode())
+        except OSError as error:  # which names the hidden file that is written first
+            raise UsageError(f"{written} cannot be written: {error.strerror or error}") from error
     if as_json:
         print_json({"page": str(written), **found})
         return
@@ -82,6 +86,8 @@ def _path(text: str, models: Path) -> Path:
     Raises:
         UsageError: there is none of that name.
     """
+    if not text:
+        raise UsageError("the bundle's name is empty, expected NAME/VERSION or a path")
     for path in (Path(text), models / text):
         if (path / bundle.MANIFEST).is_file():
             return path.resolve()
@@ -89,3 +95,18 @@ def _path(text: str, models: Path) -> Path:
         f"there is no bundle {text}, neither a path nor in {models}; train-export status lists "
         "what is published"
     )
+
+
+def _check_writable(page: Path) -> None:
+    """Refuse a place where no file can be, before anything is read.
+
+    Raises:
+        UsageError: it is a folder, or in none.
+    """
+    if page.is_dir():
+        raise UsageError(f"{page} is a folder; name a file with --output, such as report.html")
+    if not page.parent.is_dir():
+        raise UsageError(
+            f"there is no folder {page.parent} to write {page.name} into; make it first, or name "
+            "another file with --output"
+        )

@@ -38,6 +38,7 @@ class Comparison:
     accuracies: tuple[float, float] | None  # None unless both classify
     losses: tuple[float, float]
     same_data: bool
+    comparable: bool  # the same data, and losses of the same kind
     settings: tuple[tuple[str, str, str], ...]  # name, A's and B's; only those that differ
     paired: Paired | None  # None unless both answered the same rows
     verdict: str  # one sentence
@@ -51,19 +52,20 @@ def compare(manifests: Sequence[Manifest], founds: Sequence[Evidence]) -> Compar
         founds: of A and B; what each said of every test row is in it, if it is known.
     """
     first, second = manifests
-    classify = all(one.kind != bundle_pb2.KIND_GENERIC and one.labels for one in manifests)
+    kinds = [_classifies(one) for one in manifests]
     same_data = first.dataset.sha256 == second.dataset.sha256
     paired = _paired(founds) if same_data and first.labels == second.labels else None
     accuracies = tuple(one.evaluation.accuracy.value for one in manifests)
     return Comparison(
         first=f"{first.name} {first.version}",
         second=f"{second.name} {second.version}",
-        accuracies=(accuracies[0], accuracies[1]) if classify else None,
+        accuracies=(accuracies[0], accuracies[1]) if all(kinds) else None,
         losses=(first.evaluation.loss, second.evaluation.loss),
         same_data=same_data,
+        comparable=same_data and kinds[0] == kinds[1],
         settings=tuple(_differing(first, second)),
         paired=paired,
-        verdict=_verdict(manifests, paired, same_data=same_data, classify=classify),
+        verdict=_why_not(manifests, same_data=same_data) or _verdict(manifests, paired),
     )
 
 
@@ -78,11 +80,26 @@ def context(manifests: Sequence[Manifest], found: Comparison) -> dict[str, Any]:
     return {
         "c": found,
         "sides": list(zip("AB", manifests, strict=True)),
-        "curves": list(_curves(page, manifests, classify=found.accuracies is not None)),
+        "losses": _losses(manifests),
+        "curves": list(_curves(page, manifests)),
         "variants": [(name, [each.get(name) for each in named]) for name in names],
         "classes": [(label, [each[label] for each in scores]) for label in labels[:LONGEST]],
         "batches": [1, 64],
     }
+
+
+def _classifies(manifest: Manifest) -> bool:
+    return manifest.kind != bundle_pb2.KIND_GENERIC and bool(manifest.labels)
+
+
+def _losses(manifests: Sequence[Manifest]) -> list[tuple[str, list[float | None]]]:
+    """Return a row a kind of loss, with that of each side, or None where it has another kind."""
+    kinds = [("loss", True), ("mean squared error", False)]
+    rows = [
+        (name, [one.evaluation.loss if _classifies(one) == kind else None for one in manifests])
+        for name, kind in kinds
+    ]
+    return [(name, values) for name, values in rows if values != [None, None]]
 
 
 def _paired(founds: Sequence[Evidence]) -> Paired | None:
@@ -110,12 +127,18 @@ def _differing(first: Manifest, second: Manifest) -> list[tuple[str, str, str]]:
     ]
 
 
-def _verdict(
-    manifests: Sequence[Manifest], paired: Paired | None, *, same_data: bool, classify: bool
-) -> str:
+def _why_not(manifests: Sequence[Manifest], *, same_data: bool) -> str:
+    """Say why figures are not to be held against each other; nothing where they are."""
+    kinds = [_classifies(one) for one in manifests]
+    if kinds[0] != kinds[1]:
+        return "One names classes and the other does not: their figures are not to be compared"
     if not same_data:
         return "They were tested on other data: their figures are not to be compared"
-    if not classify:
+    return ""
+
+
+def _verdict(manifests: Sequence[Manifest], paired: Paired | None) -> str:
+    if not _classifies(manifests[0]):
         return _by_loss(manifests)
     apart = 100 * (manifests[1].evaluation.accuracy.value - manifests[0].evaluation.accuracy.value)
     if not apart and (paired is None or paired.only_first == paired.only_second == 0):
@@ -140,12 +163,13 @@ def _by_loss(manifests: Sequence[Manifest]) -> str:
     return f"{better} has the lower mean squared error, {min(losses):.4g} and {max(losses):.4g}"
 
 
-def _curves(page: Page, manifests: Sequence[Manifest], *, classify: bool) -> Any:  # noqa: ANN401  titles and drawings
+def _curves(page: Page, manifests: Sequence[Manifest]) -> Any:  # noqa: ANN401  titles and drawings
     histories = [each.training.history for each in manifests]
-    if not all(histories):
+    classify = [_classifies(one) for one in manifests]
+    if not all(histories) or classify[0] != classify[1]:
         return
     kinds = [("Validation loss", "validation_loss", False)]
-    kinds += [("Validation accuracy", "validation_accuracy", True)] if classify else []
+    kinds += [("Validation accuracy", "validation_accuracy", True)] if all(classify) else []
     for title, field, percent in kinds:
         lines = {
             side: ([one.number for one in history], [getattr(one, field) for one in history])

@@ -15,7 +15,14 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 from numpy.typing import NDArray
 
 INK, MUTED, LINE, FIRST, SECOND, GOOD, BAD, FAINT = (f"#0101{n:02x}" for n in range(1, 9))
@@ -53,6 +60,7 @@ LOOK: Any = {  # matplotlib lists every name in its type
     "lines.solid_capstyle": "round",
 }
 WIDE = 30  # the largest value over the smallest: a linear axis would show the largest only
+WIDEST = 1000  # the same: on a logarithmic axis, powers of ten are enough marks then
 FEW = 15  # epochs whose points are worth a dot each
 HEAD = re.compile(r"^.*?(?=<svg )", re.DOTALL)
 META = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->", re.DOTALL)
@@ -251,6 +259,11 @@ def _over_epochs(axes: Axes, values: NDArray[Any], *, percent: bool) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     elif len(values) and values.min() > 0 and values.max() > WIDE * values.min():
         axes.set_yscale("log")
+        steps = (1,) if values.max() > WIDEST * values.min() else (1, 2, 5)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
+        # Its own formatter writes formulas, which are not parsed here.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _reversed_legend(axes: Axes) -> tuple[list[Any], list[str]]:

@@ -29,6 +29,9 @@ DECADES = (-7, 3)  # of |Δ| as a share of what is allowed
 PER_DECADE = 6
 BINS = (DECADES[1] - DECADES[0]) * PER_DECADE
 CHUNK_ROWS = 4096
+KERNELS = 1024  # more than any first layer that is kept has
+VARIANTS = 256  # more than any bundle has
+LONGEST = 1024  # characters of a name
 Array = NDArray[Any]
 MORE_SIZES = {  # of arrays that are no plain lists, after the first
     "images": (1, 1, 1),
@@ -48,6 +51,26 @@ TOGETHER = (  # have as many elements
     ("point_targets", "point_outputs"),
     ("worst_rows", "worst_targets", "worst_outputs"),
 )
+LARGEST = {  # sizes of what is drawn element by element; others are bound by MAX_BYTES
+    "bin_rows": (measures.BINS,),
+    "image_rows": (VARIANTS * FLIPS,),
+    "images": (VARIANTS * FLIPS, SIDE, SIDE, 3),
+    "variants": (VARIANTS,),
+    "deltas": (VARIANTS, BINS + 2),
+    "flip_row": (VARIANTS * FLIPS,),
+    "layer": (1,),
+    "kernels": (KERNELS, KERNELS, KERNELS, KERNELS),
+    "map_rows": (KERNELS,),
+    "maps": (KERNELS, KERNELS, KERNELS, KERNELS),
+    "point_targets": (POINTS,),
+    "worst_rows": (WORST,),
+}
+NAMES = ("variants", "layer")
+PIXELS = ("images", "maps")
+NUMBERS = (  # may be negative
+    "flip_margin", "kernels", "point_targets", "point_outputs", "worst_targets", "worst_outputs",
+)  # fmt: skip
+SUMS = ("bin_confidence", "bin_right")  # of shares and of rows, none below 0; all others count
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +268,37 @@ def _check(arrays: Mapping[str, Any]) -> None:
         sizes = 1 + len(MORE_SIZES.get(name, ()))
         if not isinstance(array, np.ndarray) or array.ndim != sizes:
             raise ValueError(f"{name} is no array of {sizes} sizes")
+        _check_sizes(name, array.shape)
+        if array.size:
+            _check_values(name, array)
     for names in TOGETHER:
         if len({len(arrays[name]) for name in names}) > 1:
             raise ValueError(f"{' and '.join(names)} differ in length")
+
+
+def _check_sizes(name: str, shape: tuple[int, ...]) -> None:
+    """Refuse what takes long to draw: a large size costs time beside one of 0 as well."""
+    if 0 in shape and shape != (0, *MORE_SIZES.get(name, ())):
+        raise ValueError(f"{name} has the sizes {shape}, with 0 among them")
+    largest = LARGEST.get(name, shape)
+    if any(size > most for size, most in zip(shape, largest, strict=True)):
+        raise ValueError(f"{name} has the sizes {shape}, expected at most {largest}")
+
+
+def _check_values(name: str, array: Array) -> None:
+    """Refuse values that are not of the type of the field, or beyond what it can hold."""
+    if name in NAMES:
+        if array.dtype.kind != "U" or array.dtype.itemsize > 4 * LONGEST:
+            raise ValueError(f"{name} is {array.dtype}, expected text of {LONGEST} characters")
+        return
+    expected = "f" if name in (*NUMBERS, *SUMS) else "iu"
+    if array.dtype.kind not in expected or (name in PIXELS and array.dtype != np.uint8):
+        kind = "uint8" if name in PIXELS else "floats" if expected == "f" else "integers"
+        raise ValueError(f"{name} is {array.dtype}, expected {kind}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has values that are not finite")
+    if name not in NUMBERS and array.min() < 0:
+        raise ValueError(f"{name} has values below 0")
 
 
 def _evidence(

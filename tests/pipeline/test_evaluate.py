@@ -249,7 +249,10 @@ def test_a_refused_model_leaves_a_report_that_the_refusal_names(tiny_trained, sm
             tiny_trained(striped=30), small, GateConfig(min_accuracy=0.99), folder=folder
         )
 
-    assert f"nothing is published, {folder / 'refused.md'} has all figures" in str(refused.value)
+    assert (
+        f"nothing is published, {folder / 'refused.md'} has all figures and "
+        f"{folder / 'report.html'} shows them" in str(refused.value)
+    )
     for page in ("refused.md", "report.html"):
         assert "test accuracy is" in (folder / page).read_text()
     assert "The most confident mistakes" in (folder / "report.html").read_text()

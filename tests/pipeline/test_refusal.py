@@ -7,7 +7,7 @@ from google.protobuf import json_format
 from PIL import Image
 
 from pipeline import refusal
-from pipeline.config import GateConfig
+from pipeline.config import GateConfig, as_tables, build
 from pipeline.records import ClassScore, Confused, Dataset, Epoch, Mistake, Scores, Trained
 from protos import bundle_pb2
 
@@ -129,3 +129,31 @@ def test_what_is_removed_is_the_report_and_nothing_else(write, tmp_path):
     refusal.remove(tmp_path / "run")
 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_the_figures_have_the_settings_of_the_run_and_nothing_of_this_machine(write, tmp_path):
+    chosen = build("smoke", {"training": {"seed": 0}, "publishing": {"name": "mine"}})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(as_tables(chosen)))
+
+    write()
+
+    found = json.loads((folder / "refused.json").read_bytes())
+    training, settings = found["training"], json.loads(found["training"]["config"])
+    assert (found["name"], training["preset"]) == ("mine", "smoke")
+    assert training["architecture"] == chosen.training.architecture
+    assert training["learning_rate"] == chosen.training.learning_rate
+    assert training["parameters"] == 99
+    assert settings["training"]["seed"] == 0
+    assert "runs" not in settings
+    assert "models" not in settings["publishing"]
+    assert found["provenance"]["tools"]["keras"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"preset": "smoke"}'])
+def test_settings_that_cannot_be_read_hide_no_report(write, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes(content)
+
+    assert write().is_file()

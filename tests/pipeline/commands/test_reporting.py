@@ -73,4 +73,30 @@ def test_a_folder_that_cannot_be_written_to_is_said(models, tmp_path):
     done = report("tiny/1", "--output", tmp_path / "missing" / "page.html")
 
     assert done.exit_code == 1
-    assert "a file cannot be read or written" in done.stderr
+    assert f"there is no folder {tmp_path / 'missing'} to write page.html into" in done.stderr
+    assert "partial" not in done.stderr
+
+
+def test_a_folder_in_the_pages_place_is_said_and_nothing_is_left(models, tmp_path):
+    before = sorted(tmp_path.iterdir())
+
+    done = report("tiny/1", "--output", models)
+
+    assert done.exit_code == 1
+    assert f"{models} is a folder; name a file with --output" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_the_system_refuses_is_said_of_the_page_itself(models, tmp_path):
+    done = report("tiny/1", "--output", tmp_path / ("a" * 250))
+
+    assert done.exit_code == 1
+    assert f"{'a' * 250} cannot be written: File name too long" in done.stderr
+    assert "partial" not in done.stderr
+
+
+def test_an_empty_name_is_refused_in_one_sentence(models):
+    done = report("")
+
+    assert done.exit_code == 1
+    assert "the bundle's name is empty, expected NAME/VERSION or a path" in done.stderr

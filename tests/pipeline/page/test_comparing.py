@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline import page
-from pipeline.page import comparing
+from pipeline.page import comparing, words
 from pipeline.page.evidence import Evidence
 
 
@@ -77,6 +77,31 @@ def test_models_that_do_not_classify_are_compared_by_their_error(line):
 
     assert found.accuracies is None
     assert found.verdict == "Both have the same mean squared error"
+
+
+@pytest.mark.parametrize("same_data", [True, False])
+def test_a_classifier_is_not_held_against_a_model_of_numbers(pair, line, models, same_data):
+    if same_data:
+        line.manifest.dataset.sha256 = pair[0].manifest.dataset.sha256
+
+    text, found = page.of_two(pair[0].write(models), line.write(models))
+
+    assert not found.comparable
+    assert "not to be compared" in found.verdict
+    assert '<p class="verdict neither">' in text
+    losses = [f"{one.manifest.evaluation.loss:.4g}" for one in (pair[0], line)]
+    assert f'<th scope="row">loss</th><td>{losses[0]}</td><td>{words.NONE}</td>' in text
+    assert (
+        f'<th scope="row">mean squared error</th><td>{words.NONE}</td><td>{losses[1]}</td>' in text
+    )
+    assert "Validation loss" not in text
+
+
+def test_the_page_says_what_a_p_value_is_of(pair, models):
+    text, found = page.of_two(*(one.write(models) for one in pair))
+
+    assert found.comparable
+    assert "<small>how often chance alone gives such a difference</small>" in text
 
 
 def test_only_settings_that_differ_are_listed(pair):

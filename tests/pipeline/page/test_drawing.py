@@ -83,6 +83,18 @@ def test_names_are_escaped_and_their_dollar_signs_are_no_formula():
     assert "$same$" in drawn
 
 
+@pytest.mark.parametrize(
+    ("values", "marks"),
+    [([0.02, 2.0], ["0.05", "0.1", "1"]), ([1e-4, 1e3], ["0.01", "1", "100"])],
+)
+def test_a_logarithmic_axis_is_marked_with_numbers_and_no_formula(values, marks):
+    drawn = Page().curves({"a": ([1, 2], values)}, "Loss")
+
+    assert "mathdefault" not in drawn
+    for mark in marks:
+        assert f">{mark}</text>" in drawn
+
+
 def test_the_label_is_escaped():
     drawn = Page().curves({"a": ([1], [1])}, '"><script>')
 

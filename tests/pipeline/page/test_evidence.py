@@ -151,6 +151,16 @@ def changed(**arrays):
         changed(images=np.zeros(3)),
         changed(predicted=np.zeros(3)),
         changed(kernels=np.array([{}], object)),
+        changed(kernels=np.zeros((3, 3, 0, 100_000_000), np.float32)),
+        changed(kernels=np.zeros((1, 1, 1, 2_000_000), np.float32)),
+        changed(kernels=np.full((3, 3, 1, 2), np.nan, np.float32)),
+        changed(kernels=np.zeros((3, 3, 1, 2), np.complex64)),
+        changed(images=np.zeros((1, 8, 8, 1))),
+        changed(images=np.zeros((1, 100_000, 8, 1), np.uint8)),
+        changed(predicted=np.full(len(TARGETS), -1)),
+        changed(targets=np.zeros(len(TARGETS))),
+        changed(layer=np.array(["a" * 5000])),
+        changed(layer=np.array([7])),
     ],
 )
 def test_what_is_no_evidence_is_refused_by_name(content):

@@ -119,6 +119,29 @@ def test_a_refused_model_says_why_and_not_how_to_serve_it(garments, tmp_path):
     assert Checked(text).wrong == []
 
 
+def test_a_refused_model_has_no_bundle_that_the_page_is_made_of(garments, tmp_path):
+    text = page.write_refused(tmp_path, garments.manifest, garments.found, ["why"]).read_text()
+
+    assert "from the run's own records" in text
+    assert "bundle's own" not in text
+
+
+def test_a_seed_of_0_is_a_seed(garments):
+    garments.manifest.training.seed = garments.manifest.dataset.split_seed = 0
+
+    text = page.render(garments.manifest, garments.found)
+
+    assert "<dt>seed</dt><dd>0</dd>" in text
+    assert "<dt>split seed</dt><dd>0</dd>" in text
+
+
+def test_the_page_says_which_rows_are_meant_and_what_the_curves_are_means_of(garments):
+    text = page.render(garments.manifest, garments.found)
+
+    assert "numbered as they were before these two were split" in text
+    assert "Training accuracy and loss are means over an epoch, with dropout" in text
+
+
 def test_a_published_bundle_is_shown_once_its_files_are_verified(garments, models):
     path = garments.write(models)
 
@@ -131,7 +154,7 @@ def test_a_published_bundle_is_shown_once_its_files_are_verified(garments, model
 def test_figures_that_contradict_each_other_are_refused_in_a_sentence(garments, models):
     garments.found.flip_row[:] = 10
     object.__setattr__(garments.found, "variants", np.array(["a"]))
-    object.__setattr__(garments.found, "deltas", np.zeros((1, 2)))
+    object.__setattr__(garments.found, "deltas", np.zeros((1, 2), np.int64))
     garments.manifest.parity[0].variant = "a"
 
     with pytest.raises(CheckError, match="contradict each other"):
