@@ -139,7 +139,9 @@ def test_the_page_says_which_rows_are_meant_and_what_the_curves_are_means_of(gar
     text = page.render(garments.manifest, garments.found)
 
     assert "numbered as they were before these two were split" in text
-    assert "Training accuracy and loss are means over an epoch, while the weights still change" in text
+    assert (
+        "Training accuracy and loss are means over an epoch, while the weights still change" in text
+    )
 
 
 def test_a_published_bundle_is_shown_once_its_files_are_verified(garments, models):
