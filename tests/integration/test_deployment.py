@@ -93,7 +93,7 @@ def test_every_parameter_of_the_deployment_has_a_type_and_a_description(deployed
         assert one.get("description"), name
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_of_two_runs_at_once_one_waits_and_one_stopped_by_sigterm_goes_on(deployed, tmp_path):
     parameters = (
         "preset=smoke", "epochs=6", f"models={tmp_path / 'models'}", f"runs={tmp_path / 'runs'}",

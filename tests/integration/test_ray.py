@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarn
 PICTURES, PART_ROWS = 300, 5
 SIDE = 1000  # so that a shard takes a while
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000, "node_ip_address": "127.0.0.1"}
-LONGEST_S = 200
+LONGEST_S = 400
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def test_the_published_model_names_a_real_picture(first, environment):
     assert "Trouser" in asked.stdout
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_run_stopped_at_any_stage_leaves_whole_bundles_only_and_the_next_works(
     prefect_server, tmp_path
 ):
