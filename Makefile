@@ -134,7 +134,7 @@ $(STAMP): requirements/dev.txt requirements/uv.txt pyproject.toml
 			"sudo apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/uv.txt
-	@echo "installing 270 packages, 2.7 GB on the disk: a minute, and the network's speed"
+	@echo "installing 270 packages, 3.8 GB on the disk: a minute, and the network's speed"
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $(STAMP)

@@ -18,7 +18,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from pipeline import files, results, status, sweep
+from pipeline import config, files, results, status, sweep
 from pipeline.errors import BusyError
 from service import aliases, bundle
 from service.errors import ServiceError
@@ -165,7 +165,7 @@ def _alone(lock: Path, dry_run: bool) -> Iterator[None]:
 def _model_of(run: Path) -> str:
     """Return which model a run is to publish; nothing where it does not say."""
     try:
-        return str(json.loads((run / status.CONFIG).read_text())["publishing"]["name"])
+        return str(json.loads((run / config.FILE).read_text())["publishing"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
 
+FILE = "config.json"  # every setting of a run, in its folder
 # Strict: else `epochs = true` would be 1.
 Number = Annotated[float, Field(strict=True)]
 Share = Annotated[Number, Field(ge=0, lt=1)]

@@ -34,7 +34,6 @@ from service import bundle
 from service.errors import ServiceError
 
 log = logging.getLogger("pipeline.flow")  # a deployment loads this file under another name
-CONFIG = "config.json"  # every setting of a run, in its folder
 STOPPING = "Stopping temporary server"  # how Prefect words it
 PUBLISHED = "published.json"  # what came of it, beside
 CURVES = "curves.png"
@@ -200,7 +199,7 @@ def another(champion: Path | None, trained: Trained) -> Path | None:
 def begin(folder: Path, chosen: config.Config) -> None:
     """Write every setting into the folder of a run; what came of it is not known yet."""
     (folder / PUBLISHED).unlink(missing_ok=True)
-    files.write_whole(folder / CONFIG, json.dumps(config.as_tables(chosen), indent=1).encode())
+    files.write_whole(folder / config.FILE, json.dumps(config.as_tables(chosen), indent=1).encode())
 
 
 @contextmanager

@@ -1,11 +1,50 @@
 """A run's records as the messages that a manifest, or the report of a refused model, is made of."""
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from pipeline.config import GateConfig
-from pipeline.records import Scores, Trained
+from pipeline.records import Dataset, Scores, Trained
 from protos import bundle_pb2
 from service import agreement
+
+
+def dataset(data: Dataset) -> bundle_pb2.Dataset:
+    """Return what a model has learnt from and was tested on."""
+    return bundle_pb2.Dataset(
+        name=data.name,
+        sha256=data.sha256,
+        train_rows=data.train_rows,
+        validation_rows=data.validation_rows,
+        test_rows=data.test_rows,
+        split_seed=data.split_seed,
+        findings=data.findings,
+    )
+
+
+def settings(tables: Mapping[str, Any]) -> bundle_pb2.Training:
+    """Return what a run was told of its training.
+
+    Args:
+        tables: of all settings, as `config.as_tables` gives them.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are no such tables.
+    """
+    told = tables["training"]
+    publishing = {name: value for name, value in tables["publishing"].items() if name != "models"}
+    kept = {name: value for name, value in tables.items() if name != "runs"}  # this machine's
+    return bundle_pb2.Training(
+        preset=tables["preset"],
+        architecture=told["architecture"],
+        seed=told["seed"],
+        batch_rows=told["batch_rows"],
+        learning_rate=told["learning_rate"],
+        config=json.dumps({**kept, "publishing": publishing}, sort_keys=True),
+    )
 
 
 def training(trained: Trained) -> bundle_pb2.Training:

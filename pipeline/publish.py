@@ -5,7 +5,6 @@ a dead run left hidden is removed by the next.
 """
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -316,21 +315,15 @@ def _manifest(
     checked: Checked,
 ) -> bundle_pb2.BundleManifest:
     kind = bundle_pb2.KIND_CLASSIFIER if data.classifies else bundle_pb2.KIND_GENERIC
+    training = messages.training(trained)
+    training.MergeFrom(messages.settings(as_tables(config)))
     return bundle_pb2.BundleManifest(
         format=bundle.FORMAT,
         kind=kind,
         labels=data.labels,
         served_variant=checked.served_variant,
-        dataset=bundle_pb2.Dataset(
-            name=data.name,
-            sha256=data.sha256,
-            train_rows=data.train_rows,
-            validation_rows=data.validation_rows,
-            test_rows=data.test_rows,
-            split_seed=data.split_seed,
-            findings=data.findings,
-        ),
-        training=_training(config, trained),
+        dataset=messages.dataset(data),
+        training=training,
         evaluation=messages.evaluation(trained, scores, config.gate),
         test_distribution=_distribution(data, checked) if data.classifies else None,
         provenance=bundle_pb2.Provenance(
@@ -342,19 +335,6 @@ def _manifest(
             dataset_license=data.license,
         ),
     )
-
-
-def _training(config: Config, trained: Trained) -> bundle_pb2.Training:
-    training = messages.training(trained)
-    training.preset = config.preset
-    training.architecture = config.training.architecture
-    training.seed = config.training.seed
-    training.batch_rows = config.training.batch_rows
-    training.learning_rate = config.training.learning_rate
-    tables = as_tables(config)
-    del tables["runs"], tables["publishing"]["models"]  # this machine's, and nobody else's business
-    training.config = json.dumps(tables, sort_keys=True)
-    return training
 
 
 def _add_tensors(manifest: bundle_pb2.BundleManifest, model: Path) -> None:

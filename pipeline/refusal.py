@@ -11,14 +11,13 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from pipeline import curves, files, messages, report
+from pipeline import config, curves, files, messages, report
 from pipeline.config import GateConfig
 from pipeline.records import Dataset, Scores, Trained
 from protos import bundle_pb2
 
 log = logging.getLogger(__name__)
 PAGE, FIGURES, CURVES = "refused.md", "refused.json", "refused.png"
-CONFIG = "config.json"  # every setting of the run, which the run itself writes first
 TOOLS = ("train-export", "tensorflow", "keras", "numpy")  # that had a part in it until here
 
 
@@ -52,15 +51,7 @@ def write(
     known = bundle_pb2.BundleManifest(
         kind=bundle_pb2.KIND_CLASSIFIER if data.classifies else bundle_pb2.KIND_GENERIC,
         labels=data.labels,
-        dataset=bundle_pb2.Dataset(
-            name=data.name,
-            sha256=data.sha256,
-            train_rows=data.train_rows,
-            validation_rows=data.validation_rows,
-            test_rows=data.test_rows,
-            split_seed=data.split_seed,
-            findings=data.findings,
-        ),
+        dataset=messages.dataset(data),
         training=messages.training(trained),
         evaluation=messages.evaluation(trained, scores, gate),
         provenance=bundle_pb2.Provenance(
@@ -70,7 +61,7 @@ def write(
             dataset_license=data.license,
         ),
     )
-    _add_settings(known, folder / CONFIG)
+    _add_settings(known, folder / config.FILE)
     if trained.history:
         curves.draw(trained.history, folder / CURVES, f"{data.name}, refused")
     fields = json_format.MessageToDict(known, preserving_proto_field_name=True)
@@ -92,24 +83,15 @@ def _add_settings(known: bundle_pb2.BundleManifest, path: Path) -> None:
     """Add what the run was told; without it the report stands."""
     try:
         tables: dict[str, Any] = json.loads(path.read_bytes())
-        told = bundle_pb2.BundleManifest(
-            name=tables["publishing"]["name"],
-            training=bundle_pb2.Training(
-                preset=tables["preset"],
-                **{
-                    name: tables["training"][name]
-                    for name in ("architecture", "seed", "batch_rows", "learning_rate")
-                },
-            ),
-        )
-        del tables["runs"], tables["publishing"]["models"]  # this machine's
+        name = str(tables["publishing"]["name"])
+        told = messages.settings(tables)
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s cannot be read, the report has no settings: %s", path, error)
         return
-    told.training.config = json.dumps(tables, sort_keys=True)
-    known.MergeFrom(told)
+    known.name = name
+    known.training.MergeFrom(told)
 
 
 def _page(known: bundle_pb2.BundleManifest, why: Sequence[str], model: Path) -> Iterator[str]:

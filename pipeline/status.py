@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import files
+from pipeline import config, files
 from pipeline.errors import UsageError
 from protos import bundle_pb2
 from service import aliases, bundle
 from service.errors import ServiceError
 
 log = logging.getLogger(__name__)
-LOCK, CONFIG, PUBLISHED, REFUSED = "lock", "config.json", "published.json", "refused.md"
+LOCK, PUBLISHED, REFUSED = "lock", "published.json", "refused.md"
 CHECKPOINTS = "checkpoints"  # state-EPOCHS-STEPS.json each, as `checkpoint` writes them
 
 
@@ -92,7 +92,7 @@ def runs(folder: Path) -> list[Run]:
 def run_folders(folder: Path) -> Iterator[Path]:
     """Give the folders that runs have worked in: a lock alone may be anybody's."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        left = (path / CONFIG).is_file() or (path / CHECKPOINTS).is_dir()
+        left = (path / config.FILE).is_file() or (path / CHECKPOINTS).is_dir()
         if left and (path / LOCK).is_file():
             yield path
 
@@ -143,7 +143,7 @@ def _aliases(home: Path) -> dict[str, int]:
 def _run(path: Path) -> Run:
     newest = _states(path)[-1:]
     done = int(newest[0].stem.split("-")[1]) if newest else 0
-    epochs = _fields(path / CONFIG).get("training", {}).get("epochs")
+    epochs = _fields(path / config.FILE).get("training", {}).get("epochs")
     return Run(
         folder=path,
         epochs_done=done,
