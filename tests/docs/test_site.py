@@ -6,7 +6,7 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
@@ -22,6 +22,9 @@ from service.settings import ENVIRONMENT_PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+OF_OTHERS = ("migrate.md",)  # has the options of those one comes from
+DOCKER_S = {"--profile", "--scale", "--build-arg"}
+FILES = (".json", ".py", ".toml")
 LOADS = {"script": "src", "link": "href", "img": "src", "source": "src", "iframe": "src"}
 
 
@@ -161,6 +164,28 @@ def _page(pages, name: str) -> Page:
         page for path, page in pages.items() if path.parts[-2:] == ("reference", f"{name}.html")
     ]
     return found
+
+
+def test_every_option_and_setting_that_a_guide_names_is_there():
+    options = {
+        option
+        for app in PROGRAMS.values()
+        for command in cast("Any", get_command(app)).commands.values()
+        for param in command.params
+        for option in (*param.opts, *param.secondary_opts)
+    }
+    settings = set(_names(config.as_tables(config.quick())))
+    sections = {name.partition(".")[0] for name in settings if "." in name}
+    for path in SOURCES:
+        if path.name in OF_OTHERS:
+            continue
+        for code in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")):
+            if found := re.match(r"--[a-z][a-z-]+", code):
+                assert found[0] in options | DOCKER_S, f"{path.name}: {code}"
+            found = re.fullmatch(r"([a-z]+)(\.[a-z_]+)+", code)
+            if found and found[1] in sections:
+                whole = any(name == code or name.startswith(f"{code}.") for name in settings)
+                assert whole or Path(code).suffix in FILES, f"{path.name}: {code}"
 
 
 def test_every_link_of_a_markdown_file_leads_somewhere():
