@@ -30,7 +30,8 @@ PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 def main(arguments: Sequence[str]) -> int:
     """Wait for a bundle's name, load and check it; return the exit status."""
     _confine(int(arguments[0]))
-    line = sys.stdin.readline()
+    with os.fdopen(0, "rb", buffering=0, closefd=False) as stdin:
+        line = stdin.readline()
     if not line:
         return 0  # nobody has a bundle for us
     with Path(os.devnull).open() as nothing:
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
             )
     except ServiceError as error:
         sentence = " ".join(str(error).split())
-        os.write(sys.stdout.fileno(), sentence.encode(errors="replace")[:MAX_SENTENCE_BYTES])
+        os.write(1, sentence.encode(errors="replace")[:MAX_SENTENCE_BYTES])
         return REFUSED
     return 0
 

@@ -7,7 +7,6 @@ server imports; `service.server` does so while the first version is on trial.
 import logging
 import os
 import time
-from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING
 
 from service import logs, tracing
@@ -16,13 +15,13 @@ from service.call import Call, Status
 from service.front import guard
 from service.front.choice import Choice
 from service.front.grpcio import GrpcioFront, Transport
-from service.front.http import MetricsServer
 from service.repository import Repository
 from service.rpc import Rpc
 from service.session import RUNTIME
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from service.front.http import MetricsServer
     from service.front.native import NativeFront
     from service.metrics import Metrics
 
@@ -58,7 +57,7 @@ class Edge:
         self._processes = settings.workers
         self._repository = repository
         self._figures: Metrics | None = None
-        self.tracer = tracing.from_environment(package_version(PACKAGE))
+        self.tracer = tracing.from_environment(_release)
         self.rpc = Rpc(
             repository,
             server_name=settings.server_name,
@@ -77,7 +76,7 @@ class Edge:
         log.info("front: %s, because %s", chosen.front, chosen.reason)
         native = chosen.front == "native"
         self.front = self._front(transport, access, native=native, threads=threads)
-        self.metrics = MetricsServer("" if shared else settings.metrics_address, self._told)
+        self.metrics = self._metrics("" if shared else settings.metrics_address)
 
     def _front(
         self, transport: Transport, access: Access, *, native: bool, threads: int
@@ -97,6 +96,13 @@ class Edge:
             limit_bytes=guard.limit_bytes(self._processes),
         )
 
+    def _metrics(self, address: str) -> "MetricsServer | None":
+        if not address:
+            return None
+        from service.front.http import MetricsServer  # noqa: PLC0415  only where it is asked for
+
+        return MetricsServer(address, self._told)
+
     def _told(self) -> bytes:
         """Return what Prometheus is told."""
         if self._figures is None:
@@ -106,7 +112,7 @@ class Edge:
                 self._repository.statistics.snapshots,
                 lambda: [os.getpid()],
                 live=self._repository.sampling.live.all,
-                version=package_version(PACKAGE),
+                version=_release(),
                 onnxruntime=RUNTIME.rpartition(" ")[2],
             )
         return self._figures.text()
@@ -124,6 +130,13 @@ class Edge:
                 logs.access(_logged(call, status))
 
         call.watcher = watcher
+
+
+def _release() -> str:
+    """Return which release of this package is installed."""
+    from importlib.metadata import version  # noqa: PLC0415  only for who is asked
+
+    return version(PACKAGE)
 
 
 def _phases(call: Call) -> list[tracing.Phase]:

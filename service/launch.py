@@ -4,6 +4,7 @@ The only module besides `service.commands` and `service.tables` that prints: one
 serves.
 """
 
+import gc
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -39,10 +40,11 @@ def _serve(settings: Settings) -> None:
 
         from service import workers  # noqa: PLC0415  neither gRPC nor onnxruntime
 
+        gc.enable()
         asyncio.run(workers.serve(settings, _announce, os.environ))
         return
     with _trials(settings) as trials:
-        import asyncio  # noqa: PLC0415  while the trial's process gets ready
+        import asyncio  # noqa: PLC0415
 
         from service import server  # noqa: PLC0415
 
@@ -57,7 +59,7 @@ def work(settings: Settings, *, index: int, statistics: Path) -> None:
     """
     _prepare(settings)
     with _trials(settings) as trials:
-        import asyncio  # noqa: PLC0415  while the trial's process gets ready
+        import asyncio  # noqa: PLC0415
 
         from service import server  # noqa: PLC0415
 
@@ -67,9 +69,12 @@ def work(settings: Settings, *, index: int, statistics: Path) -> None:
 
 def _prepare(settings: Settings) -> None:
     """Set up what a server process needs before it imports the rest."""
+    gc.disable()  # until everything is imported: it would look through it again and again
     logs.configure(settings.log_format)
     host.keep_memory_steady()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of clients' damaged pictures
+    # A server multiplies no matrices with numpy, whose library would start a thread a core for it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # gRPC's core would repeat in its own words what we say in a sentence.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
@@ -84,10 +89,12 @@ def _on_this_host(settings: Settings) -> AbstractContextManager[Settings]:
 
 
 def _trials(settings: Settings) -> Trials:
-    """Start the process that will try the first version: it imports while we do."""
+    """Have a process wait for the first version; it tries it while we import the rest."""
     trials = Trials()
     if settings.model_control == "poll":
-        trials.prepare()
+        from service import candidate  # noqa: PLC0415  numpy and onnxruntime
+
+        trials.prepare(candidate.main)
     return trials
 
 

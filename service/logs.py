@@ -5,10 +5,7 @@ What a client sent may stand in any of it, and forges nothing: what is not print
 
 import logging
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from types import TracebackType
-
-from pythonjsonlogger.json import JsonFormatter
 
 MAX_FIELD_CHARACTERS = 128  # of what a client sent, in the access log
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -36,7 +33,12 @@ def configure(format: str) -> None:
         format: `console` or `json`.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(Json() if format == "json" else Console())
+    if format == "json":
+        from service.json_lines import Json  # noqa: PLC0415  only where it is asked for
+
+        handler.setFormatter(Json())
+    else:
+        handler.setFormatter(Console())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it counts changes, which we name
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
@@ -94,27 +96,6 @@ class Console(logging.Formatter):
     def formatStack(self, stack_info: str) -> str:  # noqa: N802  logging's name
         """Return the stack."""
         return _indented(super().formatStack(stack_info))
-
-
-class Json(JsonFormatter):
-    """One object a line: time (RFC 3339), level, logger, message, and every `extra`."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            ["asctime", "levelname", "name", "message"],
-            rename_fields={
-                "asctime": "time",
-                "levelname": "level",
-                "name": "logger",
-                "exc_info": "exception",
-                "stack_info": "stack",
-            },
-        )
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  logging's name
-        """Return when it was, in UTC, to the microsecond."""
-        when = datetime.fromtimestamp(record.created, UTC)
-        return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _quoted(value: str | int) -> str:

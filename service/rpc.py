@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version as package_version
 
 from google.protobuf.message import Message
 
@@ -216,10 +215,12 @@ class Rpc:
     def _server_metadata(
         self, _: inference_pb2.ServerMetadataRequest
     ) -> inference_pb2.ServerMetadataResponse:
+        from importlib.metadata import version  # noqa: PLC0415  slow, and seldom asked
+
         unload = ("model_repository(unload_dependents)",) if self._control else ()
         return inference_pb2.ServerMetadataResponse(
             name=self._server_name,
-            version=package_version("train-export"),
+            version=version("train-export"),
             extensions=sorted((*EXTENSIONS, *unload)),
         )
 

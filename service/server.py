@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from service import host, model_config, version
 from service.access import Access
-from service.errors import RepositoryError
+from service.errors import AddressError, RepositoryError
 from service.front import choice
 from service.live import LiveStore
 from service.model_config import ModelOptions
@@ -41,6 +41,7 @@ MAX_QUIET_S = 1.0  # clients that go on calling are not waited for any longer
 TICK_S = 0.01
 TIDY_S = 15.0
 MESSAGE_SLACK_BYTES = 4096  # of a message, for what goes with its rows
+LOADING_S = 5.0  # most models are loaded by then
 KEEPER_S = 1.0  # for who watches the folder to notice that it is over
 KILLED = 128  # and the signal's number: what a shell calls a process that a signal ended
 
@@ -63,8 +64,8 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; the second of them ends it at once.
 
-    The address is taken before the models are loaded, so that a clash shows at once and a probe
-    finds a live server that is not ready yet.
+    The address is taken while the first model is on trial and loaded, so that a clash shows at once
+    and a probe finds a live server that is not ready yet.
 
     Args:
         settings: how.
@@ -100,12 +101,11 @@ class _Server:
         store = Store(process.statistics, process.worker)
         self._late = store.is_successors()
         self._defaults = model_config.of_server(settings, host.cores())
-        self._listening = threading.Event()
         trials = None if settings.model_control == "none" else process.trials
         self._repository = Repository(
             settings.folder,
             defaults=self._defaults,
-            load=partial(_load, trials=trials, may_load=self._listening),
+            load=partial(_load, trials=trials),
             statistics=store,
             sampling=_sampling(settings, process),
         )
@@ -122,7 +122,6 @@ class _Server:
         self._edge = self._made_edge()
         _keep_what_is_imported()
         if self._late:
-            self._listening.set()
             await self._load_first()
         try:
             address = await self._listen()
@@ -144,13 +143,23 @@ class _Server:
 
     async def _listen(self) -> str:
         """Take the addresses; return the one of gRPC."""
-        address = await self._edge.front.start()
-        metrics = self._edge.metrics.start()
+        try:
+            address = await self._edge.front.start()
+            metrics = self._edge.metrics and self._edge.metrics.start()
+        except AddressError:
+            await self._let_loading_end()
+            raise
         if metrics:
             log.info("metrics on http://%s/metrics", metrics)
         self._repository.watch(lambda: self._show_health(address))
-        self._listening.set()
         return address
+
+    async def _let_loading_end(self) -> None:
+        """Wait a while, so that the process does not end while native code of it loads a model."""
+        self._over.set()
+        until_s = time.monotonic() + LOADING_S
+        while self._repository.is_changing() and time.monotonic() < until_s:  # noqa: ASYNC110
+            await asyncio.sleep(TICK_S)
 
     async def _stop(self) -> None:
         """End everything that was started, whether or not it was."""
@@ -158,7 +167,8 @@ class _Server:
         await self._edge.front.stop(0)
         self._edge.rpc.close()
         self._repository.close()
-        self._edge.metrics.stop()
+        if self._edge.metrics is not None:
+            self._edge.metrics.stop()
         self._edge.tracer.stop()
 
     def _made_edge(self) -> "Edge":
@@ -293,18 +303,16 @@ def _sampling(settings: Settings, process: Process) -> Sampling:
 
 
 def _keep_what_is_imported() -> None:
-    """Look through it no more: again and again, that would stop every thread for 0.1 s."""
-    gc.collect()
-    gc.freeze()
+    """Look through it no more: again and again, that would stop every thread for 0.1 s.
 
-
-def _load(
-    path: Path, options: ModelOptions, *, trials: Trials | None, may_load: threading.Event
-) -> Version:
-    """Load a version; first in a process that may crash of it, where others could suffer.
-
-    Waits until this process listens: one that cannot would end while native code loads.
+    There is little garbage in it; `launch` has switched collection off while all of it is imported.
     """
+    gc.freeze()
+    gc.enable()
+
+
+def _load(path: Path, options: ModelOptions, *, trials: Trials | None) -> Version:
+    """Load a version; first in a process that may crash of it, where others could suffer."""
     if trials is not None:
         trials.run(
             path,
@@ -313,7 +321,6 @@ def _load(
             providers=options.providers,
             timeout_s=TRIAL_S,
         )
-    may_load.wait()
     return version.load(path, options)
 
 

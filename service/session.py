@@ -4,12 +4,16 @@ The only module that knows onnxruntime. It is given a whole batch and returns a 
 asked for which row is not its business.
 """
 
+import io
+import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +27,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
 
+log = logging.getLogger(__name__)
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 OPTIMIZATION = {
     "disable": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -45,6 +50,10 @@ WIRE = {
     "tensor(double)": "FP64",
 }
 CPU = ("CPUExecutionProvider",)
+CUDA = "CUDAExecutionProvider"
+# What each is told. TF32 would round a GPU's products to 10 bits, far over the budget of float32;
+# an exhaustive search for algorithms would be made again for every number of rows.
+PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
 # In one call of onnxruntime on a CPU. Its arena grows with the rows (11 GB for 100,000 small
 # images) and is kept. Convolutions are no faster beyond, some leave the caches; dense layers gain
 # 7 % from twice as many (benchmarks/graph.py).
@@ -105,11 +114,13 @@ class Session:
                 "install the extra gpu instead of service, or choose others with --providers"
             )
         settings = _settings(options, threads)
+        if CUDA in providers:
+            _find_cuda()
         try:
             self._session = onnxruntime.InferenceSession(
                 model,
                 settings,
-                providers=list(providers),
+                providers=[(name, PROVIDER_OPTIONS.get(name, {})) for name in providers],
                 enable_fallback=False,  # it would try the same provider again and print about it
             )
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -117,6 +128,7 @@ class Session:
             self.outputs = tuple(_tensor(node) for node in outputs)
             self._names = [output.name for output in self.outputs]
             self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+            _check_started(providers, self.providers)
             self._call_rows = call_rows(self.providers)
             self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         except ModelError:
@@ -184,6 +196,27 @@ class Session:
 def available_providers() -> tuple[str, ...]:
     """Return the execution providers that this onnxruntime was built with."""
     return tuple(onnxruntime.get_available_providers())
+
+
+@cache
+def _find_cuda() -> None:
+    """Have NVIDIA's libraries loaded from the wheels beside onnxruntime's, if they are there."""
+    said = io.StringIO()
+    with redirect_stdout(said):  # which is where this process says its address
+        onnxruntime.preload_dlls()
+    for line in said.getvalue().splitlines():
+        log.info("onnxruntime: %s", line)
+
+
+def _check_started(asked: Sequence[str], started: Sequence[str]) -> None:
+    """Refuse a session that onnxruntime made without a provider, as it does without a word."""
+    absent = [name for name in asked if name not in started]
+    if absent:
+        raise ModelError(
+            f"{RUNTIME} could not start {', '.join(absent)} on this host: a device, its driver or "
+            "a library is missing, or not of a version that goes with it; mend that, or choose "
+            "others with --providers"
+        )
 
 
 def call_rows(providers: Sequence[str]) -> int:

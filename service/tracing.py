@@ -7,7 +7,7 @@ imported only by who wants it.
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -152,13 +152,13 @@ def asked_by(environment: Mapping[str, str]) -> str:
     return next((name for name in ENDPOINTS if environment.get(name, "").strip()), "")
 
 
-def from_environment(version: str) -> Tracer:
+def from_environment(version: Callable[[], str]) -> Tracer:
     """Return a tracer as OpenTelemetry's variables ask for it; what hinders it is only logged.
 
     Sends over OTLP's gRPC, from a thread of its own: call it after a fork, not before.
 
     Args:
-        version: of this server.
+        version: gives this server's, where traces are asked for.
     """
     variable = asked_by(os.environ)
     if not variable:
@@ -166,7 +166,7 @@ def from_environment(version: str) -> Tracer:
     try:
         unknown = _unknown(os.environ)
         if not unknown:
-            return OpenTelemetryTracer(_provider(version))
+            return OpenTelemetryTracer(_provider(version()))
         log.warning("no traces: %s", unknown)
     except ImportError:
         log.warning(

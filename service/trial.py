@@ -2,9 +2,11 @@
 
 onnxruntime can be made to crash, hang or eat memory by the file it loads. Here that ends a child
 and becomes a refusal. What the child does, `service.candidate` says: the server's own check,
-nothing less. Imports nothing slow, so that a child may get ready while its parent does.
+nothing less. The first child is a fork of a server that has just imported what both need; later
+ones, when there are threads that a fork would cut off, begin anew.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -14,10 +16,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Self, cast
+from typing import IO, Self, TypeAlias, cast
 
 from service.errors import BundleError
 
@@ -28,6 +31,58 @@ ENVIRONMENT = re.compile(
     r"HOME|PATH|TMPDIR|PYTHONPATH|LD_LIBRARY_PATH|(CUDA|CUDNN|NVIDIA|ORT)_.*"
     r"|COVERAGE_.*"  # so that what it runs is counted where this is tested
 )
+TASKS = Path("/proc/self/task")
+
+
+class Fork:
+    """A copy of this process that runs one function; as much of `Popen` as is needed of it."""
+
+    def __init__(self, main: Callable[[], int]) -> None:
+        """Fork. Only where no other thread runs, which would be missing in the copy.
+
+        Args:
+            main: the child's; returns its exit status. It reads and writes on 0 and 1.
+        """
+        theirs, ours, back, their_back = map(_beyond_standard, (*os.pipe(), *os.pipe()))
+        self.pid = os.fork()
+        if not self.pid:
+            _be_child(main, theirs, their_back, (ours, back))
+        os.close(theirs)
+        os.close(their_back)
+        self.stdin: IO[bytes] = os.fdopen(ours, "wb", buffering=0)
+        self.stdout: IO[bytes] = os.fdopen(back, "rb", buffering=0)
+        self._status: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdin.close()
+        self.stdout.close()
+        self.wait()
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None while it lives."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int:
+        """Return the exit status, negative for a signal, once it has ended."""
+        return cast("int", self._wait(0))
+
+    def kill(self) -> None:
+        """End it, if it lives."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _wait(self, how: int) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, how)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+
+Child: TypeAlias = subprocess.Popen[bytes] | Fork
 
 
 class Trials:
@@ -36,7 +91,7 @@ class Trials:
     def __init__(self) -> None:
         """Store that nobody waits; `prepare` starts a process."""
         self._lock = threading.Lock()
-        self._waiting: subprocess.Popen[bytes] | None = None
+        self._waiting: Child | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -44,12 +99,17 @@ class Trials:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def prepare(self) -> None:
-        """Start the process for the next trial, which imports what it needs meanwhile.
+    def prepare(self, candidate: Callable[[Sequence[str]], int]) -> None:
+        """Fork the process for the next trial, if this one has no other thread; else start one.
 
         It ends with the thread that calls this.
+
+        Args:
+            candidate: `service.candidate.main`, imported with all that it needs.
         """
-        self._waiting = _start()
+        parent = str(os.getpid())
+        alone = TASKS.is_dir() and len(list(TASKS.iterdir())) == 1
+        self._waiting = Fork(lambda: candidate([parent])) if alone else _start()
 
     def run(
         self,
@@ -74,7 +134,7 @@ class Trials:
         Raises:
             BundleError: the bundle was refused, or its process crashed or did not end in time.
         """
-        from service import bundle  # noqa: PLC0415  numpy, which `prepare` need not wait for
+        from service import bundle  # noqa: PLC0415  numpy, which who only forks need not import
 
         shown = bundle.shown(path)
         job = json.dumps([str(path), threads, max_batch_rows, list(providers)]).encode()
@@ -101,7 +161,7 @@ class Trials:
             with child:
                 child.kill()
 
-    def _take(self) -> subprocess.Popen[bytes] | None:
+    def _take(self) -> Child | None:
         """Return the process that waits, if there is one that lives; it waits for nobody else."""
         with self._lock:
             child, self._waiting = self._waiting, None
@@ -129,7 +189,33 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _until_its_end(child: subprocess.Popen[bytes], timeout_s: float) -> str:
+def _beyond_standard(number: int) -> int:
+    """Return another number for an open file, none of the first three, and close the given one."""
+    moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(number)
+    return moved
+
+
+def _be_child(main: Callable[[], int], stdin: int, stdout: int, others: Sequence[int]) -> None:
+    """Be the copy: run a function, and end without anything that the original would still do."""
+    status = 1
+    try:
+        os.setsid()  # an interrupt from the terminal is for the server
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        for number in (stdin, stdout, *others):
+            os.close(number)
+        for name in list(os.environ):
+            if not ENVIRONMENT.fullmatch(name):
+                del os.environ[name]
+        status = main()
+    except BaseException:  # noqa: BLE001  whatever it is, the original's code must not go on here
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _until_its_end(child: Child, timeout_s: float) -> str:
     """Return what a child has said once it has ended, which closes what it says it on.
 
     Raises:

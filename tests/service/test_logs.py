@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from service import logs
-from service.logs import Call, Console, Json
+from service.json_lines import Json
+from service.logs import Call, Console
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ +[a-z.]+: ")
 HOSTILE = (

@@ -189,7 +189,7 @@ def test_traces_are_asked_for_by_the_standard_variables_alone(variables, asks):
 
 def test_tracer_that_nobody_asked_for_does_nothing_and_loads_nothing():
     code = (
-        "import sys; from service import tracing; tracer = tracing.from_environment('1');"
+        "import sys; from service import tracing; tracer = tracing.from_environment(lambda: '1');"
         "tracer.start('/a/B', {}).end('OK', {}, []); tracer.stop();"
         "assert type(tracer) is tracing.Tracer;"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
@@ -203,7 +203,7 @@ def test_tracer_that_nobody_asked_for_does_nothing_and_loads_nothing():
 def warned(caplog) -> str:
     """Return the one warning there was, after asking for a tracer and getting none."""
     with caplog.at_level(logging.WARNING, "service.tracing"):
-        assert type(tracing.from_environment("1.2.3")) is Tracer
+        assert type(tracing.from_environment(lambda: "1.2.3")) is Tracer
     (record,) = caplog.records
     assert record.exc_info is None
     return record.getMessage()
@@ -273,7 +273,7 @@ def collector() -> Iterator[tuple[Collector, str]]:
 
 TRACE = """
 from service import tracing
-tracer = tracing.from_environment("1.2.3")
+tracer = tracing.from_environment(lambda: "1.2.3")
 span = tracer.start("/inference.GRPCInferenceService/ModelInfer", {"traceparent": "%s"})
 span.end("UNAVAILABLE", {"rows": 4}, [tracing.Phase("queue", 1000, 3000)])
 tracer.stop()
@@ -315,7 +315,7 @@ def test_stop_does_not_wait_for_a_collector_that_does_not_answer(collector, monk
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "3600")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
-    tracer = tracing.from_environment("1.2.3")
+    tracer = tracing.from_environment(lambda: "1.2.3")
 
     tracer.start(INFER, {}).end("OK")
     assert receiver.asked.wait(60)

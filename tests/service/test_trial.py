@@ -259,7 +259,7 @@ def test_process_that_fails_by_itself_leaves_its_last_words_in_the_log(make_bund
 @pytest.fixture
 def trials():
     trials = Trials()
-    trials.prepare()
+    trials.prepare(candidate.main)
     yield trials
     trials.close()
 
@@ -307,7 +307,7 @@ def test_process_that_waits_for_nothing_ends_when_it_is_told_so_or_left(trials):
 
     assert child not in children(os.getpid())
     left = Trials()
-    left.prepare()
+    left.prepare(candidate.main)
     process = left._waiting
     process.stdin.close()
     assert process.wait(WAIT_S) == 0
@@ -321,3 +321,106 @@ def test_trial_gets_ready_without_what_takes_long_to_import():
     assert "'service.trial'" in modules
     for slow in ("numpy", "onnxruntime", "grpc", "google.protobuf"):
         assert f"'{slow}'" not in modules
+
+
+# The fork of a process without other threads
+
+
+FORKED = """
+import os, sys
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as a server does: no other thread
+from pathlib import Path
+from service import candidate
+from service.errors import BundleError
+from service.trial import Fork, Trials
+
+trials = Trials()
+trials.prepare(candidate.main)
+child = trials._waiting
+assert isinstance(child, Fork)
+for path in map(Path, sys.argv[1:]):
+    try:
+        trials.run(
+            path, threads=1, max_batch_rows=8, providers=["CPUExecutionProvider"], timeout_s=60
+        )
+    except BundleError as error:
+        print(error)
+    else:
+        print("passed")
+assert child.poll() is not None
+trials.close()
+"""
+
+
+def forked(*paths, script=FORKED, **options):
+    """Return what a process says whose first trial is a fork of it, and the others are not."""
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, **options)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.splitlines()
+
+
+def test_fork_says_what_a_new_process_would(make_bundle, tiny):
+    whole, broken = make_bundle(), make_bundle(name="broken")
+    (broken / "golden.npz").unlink()
+
+    for paths in ((whole, broken), (broken, whole)):
+        said = dict(zip(paths, forked(*paths), strict=True))
+        assert said[whole] == "passed"
+        assert "golden.npz is missing" in said[broken]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors do not trap")
+def test_fork_that_crashes_leaves_the_process_it_is_of_as_it_was(make_bundle):
+    (said,) = forked(make_bundle(model=crashing()))
+
+    assert "crashed onnxruntime while it was loaded and checked (SIGFPE)" in said
+
+
+def test_fork_without_a_question_ends_with_the_process_it_is_of():
+    script = FORKED.partition("for path")[0] + "print(child.pid, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        wait_for(lambda: os.getsid(child) == child)
+        parent.kill()
+
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+
+def test_fork_works_where_standard_input_and_output_are_closed(make_bundle, tmp_path):
+    told = tmp_path / "told"
+    script = FORKED.replace("print(", f"Path({str(told)!r}).write_text(")
+
+    assert not forked(make_bundle(), script="import os; os.close(0); os.close(1)\n" + script)
+    assert told.read_text() == "passed"
+
+
+def test_fork_keeps_nothing_of_the_environment_that_it_does_not_need(monkeypatch):
+    monkeypatch.setenv("SERVE_EXPORT_TOKEN", "secret")
+    script = (
+        "import os; from service.trial import Fork\n"
+        "def show():\n    os.write(1, repr(sorted(os.environ)).encode()); return 0\n"
+        "with Fork(show) as fork:\n    print(fork.stdout.read().decode())\n"
+    )
+
+    (said,) = forked(script=script)
+
+    assert "PATH" in said
+    assert "TOKEN" not in said
+
+
+def test_fork_that_fails_by_itself_says_why_and_runs_nothing_of_its_origin():
+    script = (
+        "import atexit; from service.trial import Fork\n"
+        "atexit.register(lambda: print('once'))\n"
+        "with Fork(lambda: 1 // 0) as fork:\n    print(fork.wait())\n"
+    )
+    command = [sys.executable, "-c", script]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+    assert ended.stdout.split() == ["1", "once"]
+    assert "ZeroDivisionError" in ended.stderr
