@@ -25,6 +25,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ServerLiveRequest(_message.Message):
+    """Asks whether the process answers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -40,6 +42,8 @@ Global___ServerLiveRequest: _TypeAlias = ServerLiveRequest  # noqa: Y015
 
 @_typing.final
 class ServerLiveResponse(_message.Message):
+    """Never false: a server that cannot say true does not answer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LIVE_FIELD_NUMBER: _builtins.int
@@ -59,6 +63,8 @@ Global___ServerLiveResponse: _TypeAlias = ServerLiveResponse  # noqa: Y015
 
 @_typing.final
 class ServerReadyRequest(_message.Message):
+    """Asks whether traffic may be sent."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -74,6 +80,8 @@ Global___ServerReadyRequest: _TypeAlias = ServerReadyRequest  # noqa: Y015
 
 @_typing.final
 class ServerReadyResponse(_message.Message):
+    """Whether every model that was there at the start has answered its self-check."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     READY_FIELD_NUMBER: _builtins.int
@@ -93,6 +101,8 @@ Global___ServerReadyResponse: _TypeAlias = ServerReadyResponse  # noqa: Y015
 
 @_typing.final
 class ModelReadyRequest(_message.Message):
+    """Names what is asked about."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -116,6 +126,8 @@ Global___ModelReadyRequest: _TypeAlias = ModelReadyRequest  # noqa: Y015
 
 @_typing.final
 class ModelReadyResponse(_message.Message):
+    """Whether that version answers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     READY_FIELD_NUMBER: _builtins.int
@@ -135,6 +147,8 @@ Global___ModelReadyResponse: _TypeAlias = ModelReadyResponse  # noqa: Y015
 
 @_typing.final
 class ServerMetadataRequest(_message.Message):
+    """Asks what this server is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -150,12 +164,15 @@ Global___ServerMetadataRequest: _TypeAlias = ServerMetadataRequest  # noqa: Y015
 
 @_typing.final
 class ServerMetadataResponse(_message.Message):
+    """What this server is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     EXTENSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """train-export."""
     version: _builtins.str
     @_builtins.property
     def extensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -178,6 +195,8 @@ Global___ServerMetadataResponse: _TypeAlias = ServerMetadataResponse  # noqa: Y0
 
 @_typing.final
 class ModelMetadataRequest(_message.Message):
+    """Names what is asked about."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -201,10 +220,14 @@ Global___ModelMetadataRequest: _TypeAlias = ModelMetadataRequest  # noqa: Y015
 
 @_typing.final
 class ModelMetadataResponse(_message.Message):
+    """What a client has to know to ask a model."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class TensorMetadata(_message.Message):
+        """An input or an output."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         NAME_FIELD_NUMBER: _builtins.int
@@ -258,6 +281,7 @@ class ModelMetadataResponse(_message.Message):
     PROPERTIES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     platform: _builtins.str
+    """onnxruntime_onnx."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every version that is ready, in rising order."""
@@ -290,6 +314,8 @@ Global___ModelMetadataResponse: _TypeAlias = ModelMetadataResponse  # noqa: Y015
 
 @_typing.final
 class InferParameter(_message.Message):
+    """A value of any of these kinds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BOOL_PARAM_FIELD_NUMBER: _builtins.int
@@ -373,10 +399,14 @@ Global___InferTensorContents: _TypeAlias = InferTensorContents  # noqa: Y015
 
 @_typing.final
 class ModelInferRequest(_message.Message):
+    """Rows for one model. All inputs have the same first dimension, the number of rows."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class InferInputTensor(_message.Message):
+        """One input; its elements are in `contents` or in raw_input_contents, the same for all inputs."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         @_typing.final
@@ -407,6 +437,7 @@ class ModelInferRequest(_message.Message):
         CONTENTS_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         datatype: _builtins.str
+        """UINT8, FP32 and so on; BYTES for PNG and JPEG files."""
         @_builtins.property
         def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """Full shape, batch first; no -1."""
@@ -432,6 +463,8 @@ class ModelInferRequest(_message.Message):
 
     @_typing.final
     class InferRequestedOutputTensor(_message.Message):
+        """An output that is wanted."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         @_typing.final
@@ -459,7 +492,9 @@ class ModelInferRequest(_message.Message):
         PARAMETERS_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         @_builtins.property
-        def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]: ...
+        def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
+            """`classification`: give the N highest classes as value:index:label instead."""
+
         def __init__(
             self,
             *,
@@ -506,7 +541,9 @@ class ModelInferRequest(_message.Message):
     id: _builtins.str
     """Echoed in the response and in error messages."""
     @_builtins.property
-    def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]: ...
+    def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
+        """`priority`, and `timeout` in microseconds in the queue; others mean nothing."""
+
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInferRequest.InferInputTensor]: ...
     @_builtins.property
@@ -538,10 +575,14 @@ Global___ModelInferRequest: _TypeAlias = ModelInferRequest  # noqa: Y015
 
 @_typing.final
 class ModelInferResponse(_message.Message):
+    """The answer to one request, its rows in the order of the request's."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class InferOutputTensor(_message.Message):
+        """One output; its elements are in raw_output_contents, or in `contents` if the request's were."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         @_typing.final
@@ -573,7 +614,9 @@ class ModelInferResponse(_message.Message):
         name: _builtins.str
         datatype: _builtins.str
         @_builtins.property
-        def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Full shape, batch first."""
+
         @_builtins.property
         def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]: ...
         @_builtins.property
@@ -624,6 +667,7 @@ class ModelInferResponse(_message.Message):
     model_version: _builtins.str
     """The version that answered, never unset."""
     id: _builtins.str
+    """The request's."""
     @_builtins.property
     def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]: ...
     @_builtins.property
@@ -652,6 +696,8 @@ Global___ModelInferResponse: _TypeAlias = ModelInferResponse  # noqa: Y015
 
 @_typing.final
 class ModelStreamInferResponse(_message.Message):
+    """One answer of a stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
@@ -678,6 +724,8 @@ Global___ModelStreamInferResponse: _TypeAlias = ModelStreamInferResponse  # noqa
 
 @_typing.final
 class ModelConfigRequest(_message.Message):
+    """Names what is asked about."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -701,6 +749,8 @@ Global___ModelConfigRequest: _TypeAlias = ModelConfigRequest  # noqa: Y015
 
 @_typing.final
 class ModelConfigResponse(_message.Message):
+    """How it is served."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONFIG_FIELD_NUMBER: _builtins.int
@@ -721,6 +771,8 @@ Global___ModelConfigResponse: _TypeAlias = ModelConfigResponse  # noqa: Y015
 
 @_typing.final
 class ModelStatisticsRequest(_message.Message):
+    """Names what is asked about."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -745,6 +797,8 @@ Global___ModelStatisticsRequest: _TypeAlias = ModelStatisticsRequest  # noqa: Y0
 
 @_typing.final
 class ModelStatisticsResponse(_message.Message):
+    """One entry a version, in the order of names and versions."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_STATS_FIELD_NUMBER: _builtins.int
@@ -765,6 +819,8 @@ Global___ModelStatisticsResponse: _TypeAlias = ModelStatisticsResponse  # noqa: 
 
 @_typing.final
 class StatisticDuration(_message.Message):
+    """How often something happened, and how long it took."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     COUNT_FIELD_NUMBER: _builtins.int
@@ -788,6 +844,8 @@ Global___StatisticDuration: _TypeAlias = StatisticDuration  # noqa: Y015
 
 @_typing.final
 class InferStatistics(_message.Message):
+    """Where the time of requests went."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUCCESS_FIELD_NUMBER: _builtins.int
@@ -823,9 +881,13 @@ class InferStatistics(_message.Message):
         """Time cutting the model's output into answers."""
 
     @_builtins.property
-    def cache_hit(self) -> Global___StatisticDuration: ...
+    def cache_hit(self) -> Global___StatisticDuration:
+        """Always 0: answers are not cached."""
+
     @_builtins.property
-    def cache_miss(self) -> Global___StatisticDuration: ...
+    def cache_miss(self) -> Global___StatisticDuration:
+        """Always 0."""
+
     def __init__(
         self,
         *,
@@ -848,6 +910,8 @@ Global___InferStatistics: _TypeAlias = InferStatistics  # noqa: Y015
 
 @_typing.final
 class InferBatchStatistics(_message.Message):
+    """Executions of one size."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
@@ -880,6 +944,8 @@ Global___InferBatchStatistics: _TypeAlias = InferBatchStatistics  # noqa: Y015
 
 @_typing.final
 class ModelStatistics(_message.Message):
+    """Figures of one version since it was loaded."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -926,6 +992,8 @@ Global___ModelStatistics: _TypeAlias = ModelStatistics  # noqa: Y015
 
 @_typing.final
 class ModelRepositoryParameter(_message.Message):
+    """A value of any of these kinds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BOOL_PARAM_FIELD_NUMBER: _builtins.int
@@ -956,6 +1024,8 @@ Global___ModelRepositoryParameter: _TypeAlias = ModelRepositoryParameter  # noqa
 
 @_typing.final
 class RepositoryModelLoadRequest(_message.Message):
+    """Names the model to load."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -1006,6 +1076,8 @@ Global___RepositoryModelLoadRequest: _TypeAlias = RepositoryModelLoadRequest  # 
 
 @_typing.final
 class RepositoryModelLoadResponse(_message.Message):
+    """The model answers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -1021,6 +1093,8 @@ Global___RepositoryModelLoadResponse: _TypeAlias = RepositoryModelLoadResponse  
 
 @_typing.final
 class RepositoryModelUnloadRequest(_message.Message):
+    """Names the model to take out of service."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -1071,6 +1145,8 @@ Global___RepositoryModelUnloadRequest: _TypeAlias = RepositoryModelUnloadRequest
 
 @_typing.final
 class RepositoryModelUnloadResponse(_message.Message):
+    """No new request reaches the model."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -1086,6 +1162,8 @@ Global___RepositoryModelUnloadResponse: _TypeAlias = RepositoryModelUnloadRespon
 
 @_typing.final
 class RepositoryIndexRequest(_message.Message):
+    """Asks what there is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPOSITORY_NAME_FIELD_NUMBER: _builtins.int
@@ -1110,10 +1188,14 @@ Global___RepositoryIndexRequest: _TypeAlias = RepositoryIndexRequest  # noqa: Y0
 
 @_typing.final
 class RepositoryIndexResponse(_message.Message):
+    """One entry a version, in the order of names and versions."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class ModelIndex(_message.Message):
+        """One version, loaded or refused."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         NAME_FIELD_NUMBER: _builtins.int

@@ -31,6 +31,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GRPCInferenceServiceStub:
+    """What a Triton server answers, but shared memory, tracing and log settings."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -42,22 +44,30 @@ class GRPCInferenceServiceStub:
     ModelReady: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelReadyRequest, _inference_pb2.ModelReadyResponse]
     """False, not an error, for a model or version that is not there."""
     ServerMetadata: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ServerMetadataRequest, _inference_pb2.ServerMetadataResponse]
+    """Name and version of the server, and which of Triton's extensions it has."""
     ModelMetadata: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelMetadataRequest, _inference_pb2.ModelMetadataResponse]
+    """Inputs, outputs and versions of a model, and what is known of its parity."""
     ModelInfer: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]
+    """Rows in, the model's outputs for them out."""
     ModelStreamInfer: _grpc.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]
     """Answers in the order of the requests; what is refused is said in its message, unless the call's
     metadata has triton_grpc_error: true, which ends the stream with the status instead.
     """
     ModelConfig: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]
+    """How a model is served: its config.pbtxt, with what it leaves unsaid filled in."""
     ModelStatistics: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelStatisticsRequest, _inference_pb2.ModelStatisticsResponse]
+    """How many requests were answered, and where their time went, of all workers together."""
     RepositoryIndex: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]
     """Every model and version found, loaded or refused, with the reason."""
     RepositoryModelLoad: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelLoadRequest, _inference_pb2.RepositoryModelLoadResponse]
     """Load a model, or load it again, and answer once it is ready. Only under explicit control."""
     RepositoryModelUnload: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelUnloadRequest, _inference_pb2.RepositoryModelUnloadResponse]
+    """Take a model out of service once what it has accepted is answered. Only under explicit control."""
 
 @_typing.type_check_only
 class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
+    """What a Triton server answers, but shared memory, tracing and log settings."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     ServerLive: _aio.UnaryUnaryMultiCallable[_inference_pb2.ServerLiveRequest, _inference_pb2.ServerLiveResponse]  # type: ignore[assignment]
     """True as soon as the process answers at all."""
@@ -66,21 +76,29 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     ModelReady: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelReadyRequest, _inference_pb2.ModelReadyResponse]  # type: ignore[assignment]
     """False, not an error, for a model or version that is not there."""
     ServerMetadata: _aio.UnaryUnaryMultiCallable[_inference_pb2.ServerMetadataRequest, _inference_pb2.ServerMetadataResponse]  # type: ignore[assignment]
+    """Name and version of the server, and which of Triton's extensions it has."""
     ModelMetadata: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelMetadataRequest, _inference_pb2.ModelMetadataResponse]  # type: ignore[assignment]
+    """Inputs, outputs and versions of a model, and what is known of its parity."""
     ModelInfer: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]  # type: ignore[assignment]
+    """Rows in, the model's outputs for them out."""
     ModelStreamInfer: _aio.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]  # type: ignore[assignment]
     """Answers in the order of the requests; what is refused is said in its message, unless the call's
     metadata has triton_grpc_error: true, which ends the stream with the status instead.
     """
     ModelConfig: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]  # type: ignore[assignment]
+    """How a model is served: its config.pbtxt, with what it leaves unsaid filled in."""
     ModelStatistics: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelStatisticsRequest, _inference_pb2.ModelStatisticsResponse]  # type: ignore[assignment]
+    """How many requests were answered, and where their time went, of all workers together."""
     RepositoryIndex: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]  # type: ignore[assignment]
     """Every model and version found, loaded or refused, with the reason."""
     RepositoryModelLoad: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelLoadRequest, _inference_pb2.RepositoryModelLoadResponse]  # type: ignore[assignment]
     """Load a model, or load it again, and answer once it is ready. Only under explicit control."""
     RepositoryModelUnload: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryModelUnloadRequest, _inference_pb2.RepositoryModelUnloadResponse]  # type: ignore[assignment]
+    """Take a model out of service once what it has accepted is answered. Only under explicit control."""
 
 class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What a Triton server answers, but shared memory, tracing and log settings."""
+
     @_abc_1.abstractmethod
     def ServerLive(
         self,
@@ -110,21 +128,24 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _inference_pb2.ServerMetadataRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.ServerMetadataResponse, _abc.Awaitable[_inference_pb2.ServerMetadataResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.ServerMetadataResponse, _abc.Awaitable[_inference_pb2.ServerMetadataResponse]]:
+        """Name and version of the server, and which of Triton's extensions it has."""
 
     @_abc_1.abstractmethod
     def ModelMetadata(
         self,
         request: _inference_pb2.ModelMetadataRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.ModelMetadataResponse, _abc.Awaitable[_inference_pb2.ModelMetadataResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.ModelMetadataResponse, _abc.Awaitable[_inference_pb2.ModelMetadataResponse]]:
+        """Inputs, outputs and versions of a model, and what is known of its parity."""
 
     @_abc_1.abstractmethod
     def ModelInfer(
         self,
         request: _inference_pb2.ModelInferRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.ModelInferResponse, _abc.Awaitable[_inference_pb2.ModelInferResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.ModelInferResponse, _abc.Awaitable[_inference_pb2.ModelInferResponse]]:
+        """Rows in, the model's outputs for them out."""
 
     @_abc_1.abstractmethod
     def ModelStreamInfer(
@@ -141,14 +162,16 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _inference_pb2.ModelConfigRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.ModelConfigResponse, _abc.Awaitable[_inference_pb2.ModelConfigResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.ModelConfigResponse, _abc.Awaitable[_inference_pb2.ModelConfigResponse]]:
+        """How a model is served: its config.pbtxt, with what it leaves unsaid filled in."""
 
     @_abc_1.abstractmethod
     def ModelStatistics(
         self,
         request: _inference_pb2.ModelStatisticsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.ModelStatisticsResponse, _abc.Awaitable[_inference_pb2.ModelStatisticsResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.ModelStatisticsResponse, _abc.Awaitable[_inference_pb2.ModelStatisticsResponse]]:
+        """How many requests were answered, and where their time went, of all workers together."""
 
     @_abc_1.abstractmethod
     def RepositoryIndex(
@@ -171,6 +194,7 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _inference_pb2.RepositoryModelUnloadRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.RepositoryModelUnloadResponse, _abc.Awaitable[_inference_pb2.RepositoryModelUnloadResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.RepositoryModelUnloadResponse, _abc.Awaitable[_inference_pb2.RepositoryModelUnloadResponse]]:
+        """Take a model out of service once what it has accepted is answered. Only under explicit control."""
 
 def add_GRPCInferenceServiceServicer_to_server(servicer: GRPCInferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

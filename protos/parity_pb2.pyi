@@ -380,6 +380,7 @@ class SelfCheck(_message.Message):
     PROVIDERS_FIELD_NUMBER: _builtins.int
     CPU_FLAGS_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     checked: _builtins.str
     """RFC 3339, UTC."""
     seconds: _builtins.float
@@ -401,6 +402,10 @@ class SelfCheck(_message.Message):
     def session(self) -> _bundle_pb2.SessionOptions:
         """What model.onnx was loaded with."""
 
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NVIDIA's devices on this host, where the providers have CUDA among them."""
+
     def __init__(
         self,
         *,
@@ -412,10 +417,11 @@ class SelfCheck(_message.Message):
         providers: _abc.Iterable[_builtins.str] | None = ...,
         cpu_flags: _abc.Iterable[_builtins.str] | None = ...,
         session: _bundle_pb2.SessionOptions | None = ...,
+        gpus: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "cpu", b"cpu", "cpu_flags", b"cpu_flags", "providers", b"providers", "report", b"report", "seconds", b"seconds", "session", b"session", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "cpu", b"cpu", "cpu_flags", b"cpu_flags", "gpus", b"gpus", "providers", b"providers", "report", b"report", "seconds", b"seconds", "session", b"session", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,6 +38,13 @@ class Processor:
         return tuple(flag for flag in KERNEL_FLAGS if flag in self.flags)
 
 
+def gpus(root: Path = ROOT) -> list[str]:
+    """Return the names of NVIDIA's devices, as their driver tells them; none without it."""
+    told = sorted(root.glob("proc/driver/nvidia/gpus/*/information"))
+    lines = (line for path in told for line in path.read_text().splitlines())
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+
+
 def cores(root: Path = ROOT) -> int:
     """Return how many cores are worth using: the affinity, cut to the quota rounded up."""
     limit = quota(root)

@@ -160,8 +160,9 @@ def _self_check(check: parity_pb2.SelfCheck) -> str:
     session = check.session
     options = [f"graph {session.graph_optimization}"] if session.graph_optimization else []
     options += [f"{key}={value}" for key, value in sorted(session.config.items())]
+    where = ", ".join((*check.gpus, check.cpu))
     said = (
-        f"self-check on {check.cpu}, {check.threads} threads, {check.report.runtime}, "
+        f"self-check on {where}, {check.threads} threads, {check.report.runtime}, "
         f"{check.checked}, {check.seconds * 1000:.0f} ms"
     )
     details = "; ".join(filter(None, (" ".join(check.cpu_flags), ", ".join(options))))

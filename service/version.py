@@ -22,7 +22,7 @@ from service import agreement, bundle, host
 from service.bundle import LOGITS, checked_output
 from service.errors import BundleError
 from service.model_config import ModelOptions
-from service.session import RUNTIME, Session
+from service.session import CUDA, RUNTIME, Session
 from service.tensors import DTYPE
 
 PROBABILITIES = "probabilities"  # the one that its clients read
@@ -79,6 +79,7 @@ def load(path: Path, options: ModelOptions) -> Version:
             threads=options.threads,
             providers=session.providers,
             cpu_flags=processor.kernel_flags,
+            gpus=host.gpus() if CUDA in session.providers else (),
             session=content.manifest.session,
         ),
     )

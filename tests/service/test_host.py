@@ -114,6 +114,7 @@ def test_host_that_tells_nothing_has_no_limits(tmp_path):
     assert host.memory_bytes(tmp_path) is None
     assert host.available_bytes(tmp_path) is None
     assert host.cores(tmp_path) == host.affinity()
+    assert host.gpus(tmp_path) == []
     assert host.processor(tmp_path) == Processor(platform.machine(), frozenset())
 
 
@@ -198,3 +199,11 @@ def test_of_a_processors_flags_only_those_that_kernels_differ_by_are_told():
     found = host.Processor("Fast", frozenset({"fpu", "avx2", "fma", "ht", "avx512_vnni"}))
 
     assert found.kernel_flags == ("fma", "avx2", "avx512_vnni")
+
+
+def test_devices_are_named_as_their_driver_names_them(make):
+    told = "Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nBus Type: \t PCIe\n"
+    places = ("0000:00:06.0", "0000:00:07.0")
+    root = make({f"proc/driver/nvidia/gpus/{one}/information": told for one in places})
+
+    assert host.gpus(root) == ["NVIDIA H200", "NVIDIA H200"]

@@ -61,7 +61,7 @@ def test_session_config_reaches_onnxruntime(tiny):
     options = bundle_pb2.SessionOptions(graph_optimization="all")
     options.config["session.x64quantprecision"] = "1"
 
-    runtime = Session(tiny.model(), options, threads=1)._session.get_session_options()
+    runtime = Session(tiny.model(), options, threads=1)._sessions[0].get_session_options()
 
     assert runtime.get_session_config_entry("session.x64quantprecision") == "1"
 
@@ -225,6 +225,56 @@ def test_rows_of_a_batch_of_many_calls_are_answered_in_their_order(tiny):
 
 def test_rungs_end_where_a_call_does(counting):
     assert max(counting.warm_up(100_000, np.zeros(1, np.float32))) == session.MAX_CALL_ROWS == 64
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Have sessions treat this host's processor as they would a GPU."""
+    monkeypatch.setattr(session, "CUDA", "CPUExecutionProvider")
+    monkeypatch.setattr(session, "_find_cuda", lambda: None)
+    assert session.call_rows(session.CPU) == session.CUDA_ROWS[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "calls"),
+    [(1, [1]), (2, [4]), (16, [16]), (17, [64]), (256, [256]), (300, [256] * 256 + [64])],
+)
+def test_a_call_on_a_gpu_has_one_of_few_numbers_of_rows(on_gpu, counting, rows, calls):
+    answers = counting.run(np.zeros((rows, 1), np.float32))["y"]
+
+    assert answers.shape == (rows, 1)
+    assert answers[:, 0].tolist()[: len(calls)] == calls[:rows]
+
+
+def test_rows_that_are_filled_up_change_no_answer(on_gpu, tiny):
+    loaded = Session(tiny.model(), ALL, threads=1)
+
+    for rows in (1, 3, 16, 50, 255, 257, 700):
+        images = tiny.images(rows)
+        answers = loaded.run(images)
+        np.testing.assert_array_equal(answers["logits"], tiny.logits(images))
+        assert answers["probabilities"].shape == (rows, 3)
+    assert max(loaded.warm_up(100_000, images[0])) == 256
+
+
+def test_provider_that_onnxruntime_left_out_without_a_word_is_refused():
+    with pytest.raises(ModelError) as caught:
+        session._check_started((session.CUDA, *session.CPU), session.CPU)
+
+    assert "could not start CUDAExecutionProvider on this host: a device" in str(caught.value)
+    session._check_started(session.CPU, session.CPU)
+
+
+def test_what_fails_on_a_gpu_is_said_without_where_in_the_sources():
+    where = (
+        "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:146 onnxruntime::CudaCall("
+    )
+    what = "CUDA failure 100: no CUDA-capable device is detected"
+    error = RuntimeError(
+        f"{where}int) [with bool THRW = true] {what} ; GPU=-1 ; hostname=h ; line=3"
+    )
+
+    assert session._reason(error) == what
 
 
 def test_warm_up_reports_a_rung_that_fails():
