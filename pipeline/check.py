@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pipeline.errors import CheckError, UsageError
 from pipeline.questions import RANK, Questions, cast, fits
-from pipeline.runtimes import Array, Model, Tensor, open_model
+from pipeline.runtimes import Array, Model, Show, Tensor, answers, counted, open_model
 from protos import bundle_pb2
 from service import agreement, bundle
 from service.errors import BundleError
@@ -46,7 +46,7 @@ class Found:
         return f"parity does not hold, {'; '.join(failed)}" if failed else ""
 
 
-def pair(
+def pair(  # noqa: PLR0913  one argument an option of the command
     reference: Path,
     candidate: Path,
     asked: Callable[[Tensor], Questions],
@@ -54,6 +54,7 @@ def pair(
     precision: str = "float32",
     output: str = "",
     signature: str = "serving_default",
+    show: Show = lambda done, total: None,
 ) -> Found:
     """Hold one model file against another.
 
@@ -64,6 +65,7 @@ def pair(
         precision: whose budget: float32, float16 or int8.
         output: name of the output in both; empty: `logits`, or the only one.
         signature: of SavedModels.
+        show: told of the progress, in rows of both models.
 
     Raises:
         CheckError: a file cannot be run, or the two do not take and give the same.
@@ -78,43 +80,44 @@ def pair(
         raise UsageError("there are no rows to ask about")
     names = _output(first, output), _output(second, output)
     rows, notes = _laid_out(questions.rows, first.input, second.input)
-    outputs = second.run(rows)
-    answers = first.run(questions.rows)[names[0]], outputs[names[1]]
-    if answers[0].shape != answers[1].shape:
+    told = counted(show, 2 * len(rows))
+    outputs = answers(second, rows, told)
+    found = answers(first, questions.rows, told)[names[0]], outputs[names[1]]
+    if found[0].shape != found[1].shape:
         raise CheckError(
-            f"{candidate.name} answers {names[1]} of shape {list(answers[1].shape)}, "
-            f"{reference.name} {names[0]} of shape {list(answers[0].shape)}; choose with --output"
+            f"{candidate.name} answers {names[1]} of shape {list(found[1].shape)}, "
+            f"{reference.name} {names[0]} of shape {list(found[0].shape)}; choose with --output"
         )
-    logits = all(LOGITS in name for name in names) and answers[0].ndim == 2  # noqa: PLR2004
+    logits = all(LOGITS in name for name in names) and found[0].ndim == 2  # noqa: PLR2004
     truth = questions.labels
-    if logits and truth is not None and not (truth.min() >= 0 and truth.max() < len(answers[0].T)):
+    if logits and truth is not None and not (truth.min() >= 0 and truth.max() < len(found[0].T)):
         raise UsageError(
             f"the labels go from {truth.min()} to {truth.max()}, the models have "
-            f"{len(answers[0].T)} classes"
+            f"{len(found[0].T)} classes"
         )
-    report = _compared(*answers, truth, precision=precision, logits=logits)
+    report = _compared(*found, truth, precision=precision, logits=logits)
     if logits:
         _check_probabilities(report, outputs, names[1])
     report.variant, report.path = candidate.name, str(candidate)
     if not logits:
         notes.append(f"{names[0]} and {names[1]} are no logits: judged by their differences alone")
-    worst = {candidate.name: _worst(*answers)}
+    worst = {candidate.name: _worst(*found)}
     return Found((report,), tuple(notes), {} if report.passed else worst)
 
 
-def whole_bundle(path: Path, against: Path | None = None) -> Found:
+def whole_bundle(
+    path: Path, against: Path | None = None, show: Show = lambda done, total: None
+) -> Found:
     """Check a bundle: digests, labels in every file, and every variant's answers to the golden set.
 
     Args:
         path: NAME/VERSION.
         against: a SavedModel that the golden set must have been answered by.
+        show: told of the progress, in files.
 
     Raises:
         CheckError: a file is not what the manifest says, or cannot be run.
-        UsageError: there is no such folder.
     """
-    if not path.is_dir():
-        raise UsageError(f"there is no folder {path}; expected a bundle's, MODELS/NAME/VERSION")
     try:
         content = bundle.read(path)
     except BundleError as error:
@@ -122,6 +125,8 @@ def whole_bundle(path: Path, against: Path | None = None) -> Found:
     manifest, golden = content.manifest, content.golden
     output = bundle.checked_output(manifest)
     reports, worst = [], {}
+    runnable = _runnable(path, manifest)
+    told = counted(show, len(runnable) + (against is not None))
     if against is not None:
         original = open_model(against)
         report = _golden(manifest, golden, *_answers(original, output, golden)[:2], "float32")
@@ -129,18 +134,20 @@ def whole_bundle(path: Path, against: Path | None = None) -> Found:
         if report.failure:
             report.failure += f"; {against} is not the model that answered it"
         reports.append(report)
-    for published in _runnable(path, manifest):
+        told(1)
+    for published in runnable:
         options = manifest.session if published.path == bundle.MODEL else None
         model = open_model(path / published.path, options=options)
-        answers, hostile, outputs = _answers(model, output, golden)
-        report = _golden(manifest, golden, answers, hostile, published.budget.precision)
+        found, hostile, outputs = _answers(model, output, golden)
+        report = _golden(manifest, golden, found, hostile, published.budget.precision)
         if not _generic(manifest):
             _check_probabilities(report, outputs, output)
         report.variant, report.path = published.variant, published.path
         _check_labels(model, manifest, report)
         reports.append(report)
         if not report.passed:
-            worst[report.variant] = _worst(golden.outputs, answers)
+            worst[report.variant] = _worst(golden.outputs, found)
+        told(1)
     return Found(tuple(reports), (), worst)
 
 
@@ -156,7 +163,7 @@ def table(found: Found) -> Group:
             Text(one.variant),
             f"{one.accuracy.rows:,}",
             f"{one.agreement:.2%}",
-            f"{one.logits.p999 if one.budget.precision == INT8 else one.logits.max:.2g}",
+            f"{agreement.judged(one):.2g}",
             f"{one.budget.max_logit:.2g}",
             str(one.flips_explained + one.flips_unexplained),
             "[green]passed[/]" if one.passed else "[red]failed[/]",

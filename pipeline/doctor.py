@@ -17,6 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from service import host
+from service.command_line import size
 
 NVIDIA = Path("/proc/driver/nvidia/version")
 NEEDED_BYTES = 2 << 30  # data, checkpoints and exports of a run, and some room
@@ -140,7 +141,7 @@ def room(folder: Path) -> Finding:
     """Say how much room there is where a folder is, or will be."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    found = f"{free / 1e9:.1f} GB free"
+    found = f"{size(free)} free"
     name = f"disk of {folder}"
     if not there.is_dir():
         return Finding(name, "no folder", f"{there} is no folder; name another place")
@@ -148,7 +149,7 @@ def room(folder: Path) -> Finding:
         return Finding(name, found, f"{there} cannot be written to; name another folder")
     if free < NEEDED_BYTES:
         return Finding(
-            name, found, f"{there} has {found}, a run needs {NEEDED_BYTES / 1e9:.1f}; make room"
+            name, found, f"{there} has {found}, a run needs {size(NEEDED_BYTES)}; make room"
         )
     return Finding(name, found)
 

@@ -300,7 +300,7 @@ def _log(report: bundle_pb2.ParityReport) -> None:
     log.info(
         "%s: %s |Δlogit| %.2g of %.2g allowed, agreement %.2f %%, %d flips: %s",
         report.variant, "p99.9" if by_share else "max",
-        report.logits.p999 if by_share else report.logits.max,
+        agreement.judged(report),
         report.budget.max_logit, 100 * report.agreement,
         report.flips_explained + report.flips_unexplained,
         "passed" if report.passed else f"failed, {report.failure}",

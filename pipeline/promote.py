@@ -8,7 +8,7 @@ champion where it was.
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ from pipeline import dataset, files
 from pipeline.endpoint import CHANNELS, Endpoint
 from pipeline.errors import PromotionError
 from pipeline.records import Dataset
-from pipeline.runtimes import open_model
+from pipeline.runtimes import Show, counted, open_model
 from protos import bundle_pb2, parity_pb2
 from service import agreement, aliases, bundle
 from service.client import Client
@@ -59,6 +59,7 @@ def promote(
     endpoints: Sequence[Endpoint],
     *,
     ready_s: float = READY_S,
+    show: Show = lambda done, total: None,
 ) -> Path:
     """Make a published version the champion if every endpoint answers like its original.
 
@@ -67,6 +68,7 @@ def promote(
         data: its test images are asked for, all of them.
         endpoints: servers or balancers; each is asked over several connections.
         ready_s: longest wait for a server to have the version ready.
+        show: told of the progress, in rows that endpoints have answered.
 
     Returns:
         The record of what was measured.
@@ -89,9 +91,10 @@ def promote(
     reference = open_model(path / ORIGINAL).run(test.inputs)[output].astype(np.float32, copy=False)
     with files.locked(home / LOCK, wait=False), _candidate(home, number) as before:
         measured, failures = [], []
+        told = counted(show, len(test.inputs) * len(endpoints))
         for endpoint in endpoints:
             try:
-                found = _ask(endpoint, manifest, test, reference, ready_s)
+                found = _ask(endpoint, manifest, (test, reference), ready_s, told)
             except (ServiceError, OSError, ValueError) as error:
                 failures.append(f"{endpoint.address}: {error}")
                 continue
@@ -196,18 +199,25 @@ def _refusal(
 def _ask(
     endpoint: Endpoint,
     manifest: bundle_pb2.BundleManifest,
-    test: dataset.Split,
-    reference: NDArray[np.float32],
+    asked: tuple[dataset.Split, NDArray[np.float32]],
     ready_s: float,
+    told: Callable[[int], None],
 ) -> Measured:
     """Ask one endpoint for the version, once it has it, and judge what it answers.
+
+    Args:
+        endpoint: whom.
+        manifest: of the version.
+        asked: the test rows, and what the original answers to them.
+        ready_s: longest wait for the version.
+        told: how many more rows it has answered.
 
     Raises:
         ServiceError: it does not answer, or has not got the version.
         OSError, ValueError: it cannot be reached with what was given.
     """
     name, number = manifest.name, str(manifest.version)
-    address = endpoint.address
+    address, (test, reference) = endpoint.address, asked
     with endpoint.connect() as client:
         _wait(client, address, name, number, ready_s)
         # Once on each connection: behind a balancer they may end at different servers.
@@ -215,7 +225,7 @@ def _ask(
         checks = [client.parity(name, number).versions[0].self_check for _ in range(CHANNELS)]
         if wrong:
             return Measured(address, bundle_pb2.ParityReport(failure=wrong[0]), checks[0])
-        logits = _logits(client, address, manifest, test.inputs)
+        logits = _logits(client, address, manifest, test.inputs, told)
     report = agreement.compare_by_kind(
         reference, logits, test.targets, allowed=_budget(manifest),
         class_names=list(manifest.labels),
@@ -290,7 +300,11 @@ def _other_model(client: Client, manifest: bundle_pb2.BundleManifest) -> str:
 
 
 def _logits(
-    client: Client, address: str, manifest: bundle_pb2.BundleManifest, rows: NDArray[Any]
+    client: Client,
+    address: str,
+    manifest: bundle_pb2.BundleManifest,
+    rows: NDArray[Any],
+    told: Callable[[int], None],
 ) -> NDArray[np.float32]:
     parts = []
     name, number = manifest.name, str(manifest.version)
@@ -298,6 +312,7 @@ def _logits(
     for start in range(0, len(rows), PART_ROWS):
         answer = client.predict(rows[start : start + PART_ROWS], model=name, version=number)
         parts.append(answer.outputs[output].astype(np.float32, copy=False))
+        told(len(parts[-1]))
         if start % (4 * PART_ROWS) == 0:
             log.info("%s has answered %d of %d", address, start + len(parts[-1]), len(rows))
     return np.concatenate(parts)

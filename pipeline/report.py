@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from protos import bundle_pb2
+from service import agreement
+from service.command_line import size
 
 COLUMNS = ("format", "size", "accuracy", "agreed", "|Δlogit|", "allowed", "images/s")
 GENERIC_COLUMNS = ("format", "size", "verdict", "|Δ|", "allowed", "rows/s")
-FEW = 1000  # of a unit of size: from there on the next
 SLOWER = 0.8  # of float32's images/s: less is no accident of the clock
 NAMED = 3  # pairs of classes in one line
 MATRIX_CLASSES = 20  # a wider matrix is no longer read
@@ -120,7 +121,7 @@ def rows(manifest: bundle_pb2.BundleManifest) -> list[tuple[str, ...]]:
     unheld = (f"{found.accuracy.value:.2%}", "", "", "") if classifies else ("", "", "")
     original = (
         "original",
-        _size(found.size_bytes),
+        size(found.size_bytes),
         *unheld,
         f"{found.images_per_second:,.0f}",
     )
@@ -221,7 +222,7 @@ def _row(report: bundle_pb2.ParityReport) -> tuple[str, ...]:
         return (_name(report), "", "failed", "", "", f"{report.budget.max_logit:.1e}", "")
     return (
         _name(report),
-        _size(report.size_bytes),
+        size(report.size_bytes),
         f"{report.accuracy.value:.2%}",
         f"{report.agreement:.2%}" if report.passed else "failed",
         _judged(report),
@@ -235,7 +236,7 @@ def _generic_row(report: bundle_pb2.ParityReport) -> tuple[str, ...]:
     if not report.accuracy.rows:  # never ran
         return (_name(report), "", verdict, "", allowed, "")
     speed = f"{report.images_per_second:,.0f}"
-    return (_name(report), _size(report.size_bytes), verdict, _judged(report), allowed, speed)
+    return (_name(report), size(report.size_bytes), verdict, _judged(report), allowed, speed)
 
 
 def _speed_row(report: bundle_pb2.ParityReport, sizes: list[int]) -> tuple[str, ...]:
@@ -249,7 +250,7 @@ def _speed_row(report: bundle_pb2.ParityReport, sizes: list[int]) -> tuple[str, 
             else ""
             for rows in sizes
         ),
-        _size(1024 * report.peak_rss_kib) if report.peak_rss_kib else "",
+        size(1024 * report.peak_rss_kib) if report.peak_rss_kib else "",
     )
 
 
@@ -258,8 +259,7 @@ def _name(report: bundle_pb2.ParityReport) -> str:
 
 
 def _judged(report: bundle_pb2.ParityReport) -> str:
-    is_int8 = report.budget.precision == "int8"
-    return f"{report.logits.p999 if is_int8 else report.logits.max:.1e}"
+    return f"{agreement.judged(report):.1e}"
 
 
 def _network(training: bundle_pb2.Training) -> str:
@@ -315,12 +315,3 @@ def _milliseconds(seconds: float) -> str:
     if value < DIGITS:
         return f"{value:.2f}"
     return f"{value:.1f}" if value < DIGITS**2 else f"{value:.0f}"
-
-
-def _size(size_bytes: int) -> str:
-    """Return at most seven characters."""
-    kib = size_bytes / 1024
-    if kib < FEW:
-        return f"{kib:.0f} KiB"
-    mib = kib / 1024
-    return f"{mib:.1f} MiB" if mib < FEW / 10 else f"{mib:.0f} MiB"

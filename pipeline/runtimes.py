@@ -23,6 +23,7 @@ from service.host import cores
 from service.session import Session
 
 BATCH_ROWS = 256
+PART_ROWS = 8 * BATCH_ROWS  # between two words of how far it is; each starts TFLite anew
 NUMPY = {  # by the names on the wire
     "BOOL": "bool",
     **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
@@ -30,6 +31,7 @@ NUMPY = {  # by the names on the wire
     **{f"UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
 Array = NDArray[np.generic]
+Show = Callable[[int, int], None]  # what is done, of how much
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,36 @@ def open_model(
     if path.suffix == ".tflite":
         return _tflite(path)
     raise UsageError(f"{path} is a {path.suffix or 'nameless'} file, expected .onnx or .tflite")
+
+
+def counted(show: Show, total: int) -> Callable[[int], None]:
+    """Return what is told how much more is done."""
+    done = 0
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        show(done, total)
+
+    told(0)
+    return told
+
+
+def answers(model: Model, rows: Array, told: Callable[[int], None]) -> dict[str, Array]:
+    """Run a model, and say how many rows it has answered as it goes on.
+
+    Returns:
+        Every output by name.
+
+    Raises:
+        CheckError: it cannot be run.
+    """
+    parts = []
+    for start in range(0, len(rows), PART_ROWS):
+        part = rows[start : start + PART_ROWS]
+        parts.append(model.run(part))
+        told(len(part))
+    return {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
 
 
 def _saved_model(path: Path, signature: str) -> Model:

@@ -797,22 +797,28 @@ class Difference(_message.Message):
     MAX_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
     P999_FIELD_NUMBER: _builtins.int
+    P999_LOW_FIELD_NUMBER: _builtins.int
     max: _builtins.float
     mean: _builtins.float
     p999: _builtins.float
     """99.9th percentile."""
+    p999_low: _builtins.float
+    """Lower end of the 95 % interval of that percentile, which few rows say little about."""
     def __init__(
         self,
         *,
         max: _builtins.float = ...,
         mean: _builtins.float = ...,
         p999: _builtins.float = ...,
+        p999_low: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_p999_low", b"_p999_low", "p999_low", b"p999_low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max", b"max", "mean", b"mean", "p999", b"p999"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p999_low", b"_p999_low", "max", b"max", "mean", b"mean", "p999", b"p999", "p999_low", b"p999_low"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__p999_low: _TypeAlias = _typing.Literal["p999_low"]  # noqa: Y015
+    _WhichOneofArgType__p999_low: _TypeAlias = _typing.Literal["_p999_low", b"_p999_low"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__p999_low) -> _WhichOneofReturnType__p999_low | None: ...
 
 Global___Difference: _TypeAlias = Difference  # noqa: Y015
 

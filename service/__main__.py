@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 from service import launch, options
-from service.errors import ServiceError
+from service.errors import ServiceError, SettingsError
 from service.settings import ENVIRONMENT_PREFIX, Settings
 
 ADDRESS = f"{ENVIRONMENT_PREFIX}ADDRESS"
+REFUSED, WRONG = 1, 2  # as `service.command_line` has them
 WORKER = {"index": int, "statistics": Path}  # what its keeper tells a worker besides the settings
 
 
@@ -29,7 +30,7 @@ def main() -> None:
         from service import tables  # noqa: PLC0415  only for who is refused
 
         tables.show_refusal(error)
-        sys.exit(1)
+        sys.exit(WRONG if isinstance(error, SettingsError) else REFUSED)
     from service import commands  # noqa: PLC0415  what a server does not need
 
     commands.app()
@@ -52,7 +53,7 @@ def _health(arguments: list[str]) -> int | None:
         print(probe.ask(probe.Question(**given)))
     except (ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return WRONG if isinstance(error, ValueError) else REFUSED
     return 0
 
 

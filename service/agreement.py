@@ -23,6 +23,7 @@ COEFFICIENT = {"float32": 1e-5, "float16": 2e-3, "int8": 5e-2}
 INT8_MIN_AGREEMENT = 0.99
 INT8_MAX_ACCURACY_DROP = 0.003
 MIN_SHARE_ROWS = 1000  # below it a share says too little to be held to a limit of 1 %
+TAIL = 0.001  # of the differences of an int8 candidate may be over its budget
 # Allowed distance of probabilities from the softmax of the logits beside them: rounding is far
 # below it, another order of the classes or another temperature far above.
 PROBABILITY_ERROR = {"float32": 1e-3, "float16": 5e-3, "int8": 5e-2}
@@ -258,6 +259,22 @@ def judge(report: bundle_pb2.ParityReport, hostile: tuple[float, float] | None =
     report.passed = not report.failure
 
 
+def judged(report: bundle_pb2.ParityReport) -> float:
+    """Return which difference of a report is held against its budget."""
+    return decisive(report.logits, report.budget.precision, report.accuracy.rows)
+
+
+def decisive(logits: bundle_pb2.Difference, precision: str, rows: int) -> float:
+    """Return which of some differences is held against a budget.
+
+    The largest; of int8 the 99.9th percentile, below `MIN_SHARE_ROWS` rows the lower end of its
+    interval: of 100 rows it is nearly the largest itself.
+    """
+    if precision != "int8":
+        return logits.max
+    return logits.p999_low if _are_few(rows) and logits.HasField("p999_low") else logits.p999
+
+
 def figures(
     reference: NDArray[np.floating],
     served: NDArray[np.floating],
@@ -408,11 +425,21 @@ def softmax(logits: Logits) -> NDArray[np.float64]:
 def difference(
     reference: NDArray[np.floating], candidate: NDArray[np.floating]
 ) -> bundle_pb2.Difference:
-    """Return max, mean and 99.9th percentile of the absolute differences of all elements."""
+    """Return max, mean and 99.9th percentile of the absolute differences of all elements.
+
+    The percentile has an interval: the shares of elements above it that are no evidence against
+    one in a thousand (score interval, Wilson 1927). It counts rows: elements of one move together.
+
+    Args:
+        reference: (rows, ...), at least one row.
+        candidate: the same rows.
+    """
+    above = TAIL + WILSON_Z * math.sqrt(TAIL * (1 - TAIL) / len(reference))
     with np.errstate(invalid="ignore"):  # what is not finite is reported, not warned about
         apart = np.abs(reference.astype(np.float64) - candidate.astype(np.float64))
+        p999, low = np.percentile(apart, (100 * (1 - TAIL), 100 * (1 - min(above, 1))))
         return bundle_pb2.Difference(
-            max=float(apart.max()), mean=float(apart.mean()), p999=float(np.percentile(apart, 99.9))
+            max=float(apart.max()), mean=float(apart.mean()), p999=float(p999), p999_low=float(low)
         )
 
 
@@ -475,7 +502,7 @@ def _failure(report: bundle_pb2.ParityReport, hostile: tuple[float, float]) -> s
     # A percentile does not see a lone infinity, and an infinite budget would allow one.
     if not (math.isfinite(report.logits.max) and math.isfinite(report.hostile.max_logit)):
         return "a logit is not finite"
-    apart = report.logits.p999 if is_int8 else report.logits.max
+    apart = judged(report)
     if not apart <= limit:
         which = "99.9th percentile of |Δlogit|" if is_int8 else "max |Δlogit|"
         return f"{which} is {apart:.3g}, over {name}"
@@ -490,16 +517,18 @@ def _failure(report: bundle_pb2.ParityReport, hostile: tuple[float, float]) -> s
     return _int8_failure(report) if is_int8 else ""
 
 
+def _are_few(rows: int) -> bool:
+    return 0 < rows < MIN_SHARE_ROWS
+
+
 def _int8_failure(report: bundle_pb2.ParityReport) -> str:
     """Return why a report does not pass the rules that int8 has on top of the others.
 
     Below `MIN_SHARE_ROWS` rows, as in a golden set, a share fails once its 95 % interval does: of
     200 rows a model that agrees on 99.3 % misses more than 1 % every sixth time.
     """
-    rows = report.accuracy.rows
-    few = 0 < rows < MIN_SHARE_ROWS
-    agreed, right = report.agreement, report.accuracy.value
-    if few:
+    agreed, right, rows = report.agreement, report.accuracy.value, report.accuracy.rows
+    if _are_few(rows):
         agreed, right = _wilson(report.agreement, rows)[1], report.accuracy.high
     if not agreed >= INT8_MIN_AGREEMENT:
         return f"top-1 agreement is {report.agreement:.4f}, expected {INT8_MIN_AGREEMENT}"

@@ -1,4 +1,4 @@
-"""What the commands of both programs have alike: help, exit statuses, completion, progress.
+"""What the commands of both programs have alike: help, statuses, completion, progress, sizes.
 
 Knows no command. A command's text is the docstring of its function: what it does, then perhaps
 `Exit status: …` and one `Example: …` or more, a paragraph each.
@@ -10,18 +10,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TextIO
+from typing import Annotated, Literal, Protocol, TextIO
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 STATUSES = {  # of every command of both programs
     0: "done",
     1: "refused or failed, or what was asked about does not hold; `error: …` says why",
-    2: "options that do not exist or cannot go together; of `check` and `explain` also: what was "
-    "asked about is not there",
+    2: "what was typed cannot work: an option, a setting, a value, or the name of a bundle or file "
+    "that is not there",
     75: "training was stopped by SIGTERM; the same command goes on where it was",
     130: "stopped with Ctrl-C",
     143: "stopped by SIGTERM",
@@ -29,6 +26,16 @@ STATUSES = {  # of every command of both programs
 USUAL = "Exit status: 0 done, 1 refused or failed, 2 wrong options, 130 stopped with Ctrl-C."
 WIDTH = 72  # of an example, so that it fits 80 columns
 EXAMPLE, STATUS = "Example: ", "Exit status: "
+SLOWEST_S = 600  # between two steps of what is done, for the time left
+KIB, MANY, FEW = 1024, 999.5, 100  # of a size: from many on the next unit; a fraction of few
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as JSON, for scripts. A command that fails without one prints "
+        "nothing but its sentence on standard error, and ends with its status.",
+    ),
+]
 Shell = Literal["bash", "zsh", "fish"]
 
 
@@ -116,6 +123,25 @@ def beginning(found: list[str], incomplete: str) -> list[str]:
     return [one for one in found if one.startswith(incomplete)]
 
 
+def bundles(repository: Path) -> list[str]:
+    """Return NAME/VERSION of all that a folder has, for completion."""
+    return [f"{name}/{one}" for name in models(repository) for one in versions(repository, name)]
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """Return what completes one of a few words."""
+    return lambda incomplete: beginning(list(words), incomplete)
+
+
+def size(size_bytes: int) -> str:
+    """Return a size in at most eight characters, such as 776 KiB or 2.3 MiB."""
+    value, unit, larger = size_bytes / KIB, "KiB", ["MiB", "GiB", "TiB"]
+    while value >= MANY and larger:
+        value, unit = value / KIB, larger.pop(0)
+    digits = int(unit != "KiB" and value < FEW)
+    return f"{value:,.{digits}f} {unit}"
+
+
 @contextmanager
 def progress(task: str) -> Iterator[Show]:
     """Show how far something is, and the time left: on a terminal, on standard error, else nothing.
@@ -123,40 +149,45 @@ def progress(task: str) -> Iterator[Show]:
     Args:
         task: what is done, such as "scoring".
     """
-    with bar() as shown:
-        number = shown.add_task(task, total=None)
-
-        def show(done: float, total: float | None = None) -> None:
-            shown.update(number, completed=done, total=total)
-
-        with _above():
-            yield show
+    with shown(task) as show, _above():
+        yield show
 
 
-def bar(terminal: TextIO | None = None) -> "Progress":
-    """Return a bar, gone when it ends, which shows nothing where there is no terminal.
+@contextmanager
+def shown(task: str, terminal: TextIO | None = None) -> Iterator[Show]:
+    """Show a bar, gone when it ends, and nothing where there is no terminal.
+
+    How much there is to do may be known from the start, later, or never: the time left is shown
+    once it is, and until then only the time that has been taken.
 
     Args:
-        terminal: for what nobody knows the end of, a spinner instead; None: standard error, above
-            which others may write.
+        task: what is done.
+        terminal: where; None: standard error, above which others may write.
     """
     from rich import progress as rich  # noqa: PLC0415  only for who waits
     from rich.console import Console  # noqa: PLC0415
 
-    task, taken = rich.TextColumn("{task.description}"), rich.TimeElapsedColumn()
-    columns: list[rich.ProgressColumn] = [rich.SpinnerColumn(), task, taken]
-    if terminal is None:
-        columns = [task, rich.BarColumn(bar_width=24), rich.TaskProgressColumn(), taken]
-        columns += [rich.TimeRemainingColumn(), rich.TextColumn("left")]
     console = Console(stderr=terminal is None, file=terminal)
-    return rich.Progress(
-        *columns,
+    with rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=24),
+        rich.TaskProgressColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[left]}"),
         console=console,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=terminal is None,
+        speed_estimate_period=SLOWEST_S,
         disable=not console.file.isatty() or console.is_dumb_terminal,
-    )
+    ) as drawn:
+        number = drawn.add_task(task, total=None, left="")
+
+        def show(done: float, total: float | None = None) -> None:
+            drawn.update(number, completed=done, total=total, left="left")
+
+        yield show
 
 
 @contextmanager

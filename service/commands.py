@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from service import command_line, launch
-from service.errors import ServiceError
+from service.command_line import AsJson
+from service.errors import ServiceError, SettingsError
 from service.launch import TOKEN
-from service.settings import ENVIRONMENT_PREFIX, Settings, place
+from service.settings import CHOICES, ENVIRONMENT_PREFIX, Settings, place
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -29,7 +30,12 @@ app = command_line.program(
 )
 SERVE, ASK, MACHINE = "Serve", "Ask a server", "This machine"
 CONNECTION = "Connection"
-STOPPED = 130
+WRONG, STOPPED = 2, 130
+COMPLETED = {  # what a shell completes of the settings
+    **CHOICES,
+    "providers": ("cpu", "cuda,cpu"),
+    "version_policy": ("latest:1", "all", "specific:1"),
+}
 PART_ROWS = 64  # pictures of one request; servers take 256 unless they were told otherwise
 ADDRESS = str(Settings.__dataclass_fields__["address"].default)
 Address = Annotated[
@@ -66,7 +72,6 @@ TokenFile = Annotated[
     Path | None,
     typer.Option(help=f"File with our token; or the variable {TOKEN}.", rich_help_panel=CONNECTION),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def _models(context: typer.Context, incomplete: str) -> list[str]:
@@ -80,10 +85,6 @@ def _versions(context: typer.Context, incomplete: str) -> list[str]:
     return command_line.beginning(command_line.versions(_repository(context), model), incomplete)
 
 
-def _aliases(incomplete: str) -> list[str]:
-    return command_line.beginning(["champion", "candidate"], incomplete)
-
-
 def _repository(context: typer.Context) -> Path:
     named = context.params.get("repository") or os.environ.get(f"{ENVIRONMENT_PREFIX}REPOSITORY")
     return Path(named or "models")
@@ -94,7 +95,9 @@ def _sentences() -> Iterator[None]:
     """End with one sentence whatever is refused inside the block, and at Ctrl-C."""
     try:
         yield
-    except (ServiceError, ValueError) as error:
+    except (SettingsError, ValueError) as error:  # the latter of what a client is made with
+        fail(error, status=WRONG)
+    except ServiceError as error:
         fail(error)
     except KeyboardInterrupt:
         fail("stopped", status=STOPPED)
@@ -137,11 +140,13 @@ def _options() -> list[inspect.Parameter]:
 
 def _option(field: Field[Any]) -> inspect.Parameter:
     anywhere = field.type == Path | str  # typer knows no unions
+    words = COMPLETED.get(field.name)
     option = typer.Option(
         f"--{field.name.replace('_', '-')}",
         envvar=f"{ENVIRONMENT_PREFIX}{field.name.upper()}",
         help=field.metadata["help"],
         rich_help_panel=field.metadata["group"],
+        autocompletion=command_line.one_of(*words) if words else None,
         parser=place if anywhere else None,
         metavar="FOLDER|URL" if anywhere else None,
     )
@@ -206,7 +211,11 @@ doctor.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 def alias(
     model: Annotated[str, typer.Argument(help="Name of the model.", autocompletion=_models)],
     name: Annotated[
-        str, typer.Argument(help="The alias, such as champion.", autocompletion=_aliases)
+        str,
+        typer.Argument(
+            help="The alias, such as champion.",
+            autocompletion=command_line.one_of("champion", "candidate"),
+        ),
     ],
     version: Annotated[
         int | None,
@@ -229,15 +238,22 @@ def alias(
     from service import aliases, bundle  # noqa: PLC0415  none of it to print the help
 
     if not bundle.NAME.fullmatch(model):
-        fail(f"{model!r} is not the name of a model")
+        fail(f"{model!r} is not the name of a model", status=WRONG)
     root = place(repository)
     if isinstance(root, str):
         fail(
             f"{root} is an address, and alias changes folders of this host; to point one at a "
             f"version there: train-export push {model} {version or 'VERSION'} --to {root} "
-            f"--alias {name}"
+            f"--alias {name}",
+            status=WRONG,
         )
     folder = root / model
+    if not folder.is_dir():
+        fail(f"there is no model {model!r} in {root}; name one that was published", status=WRONG)
+    if version is not None and not (folder / str(version)).is_dir():
+        fail(f"{model} has no version {version} for {name} to point at", status=WRONG)
+    if not aliases.ALIAS.fullmatch(name):
+        fail(f"{name!r} is not an alias; expected lower-case letters and digits", status=WRONG)
     with _sentences(), aliases.changing(folder):
         named = aliases.read(folder)
         before = named.pop(name, None)
@@ -286,7 +302,7 @@ def predict(  # noqa: PLR0913  one parameter an option
     model asks, fitted into the model's size with its proportions kept, and centred on black.
 
     Exit status: 0 all were answered, 1 a file is no picture or the server refused, 2 wrong options,
-    130 stopped with Ctrl-C.
+    or a file that is not there, 130 stopped with Ctrl-C.
 
     Example: serve-export predict shirt.png --invert
 
@@ -294,6 +310,8 @@ def predict(  # noqa: PLR0913  one parameter an option
     """
     from service import tables  # noqa: PLC0415  none of it to print the help
 
+    if absent := next((str(one) for one in images if not one.exists()), ""):
+        fail(f"{absent} is not there; name PNG or JPEG files", status=WRONG)
     with (
         _sentences(),
         _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client,
@@ -357,7 +375,10 @@ def _answers(
     for start in range(0, len(paths), PART_ROWS):
         part = paths[start : start + PART_ROWS]
         pixels = [pictures.read(path, shape, invert=invert) for path in part]
-        answer = client.predict(np.stack(pixels), model=model, version=version)
+        try:
+            answer = client.predict(np.stack(pixels), model=model, version=version)
+        except ValueError as error:  # the model takes other numbers than those of pictures
+            fail(error)
         for path, picture, row in zip(part, pixels, answer.probabilities, strict=True):
             pairs = zip(answer.labels, map(float, row), strict=True)
             likeliest = sorted(pairs, key=lambda pair: -pair[1])
@@ -420,7 +441,11 @@ def health(  # noqa: PLR0913  one parameter an option
     address: Address = ADDRESS,
     ready: Annotated[bool, typer.Option("--ready", help="It must take requests as well.")] = False,
     service: Annotated[
-        str, typer.Option(help="Name of a model, or of a gRPC service, that must take requests.")
+        str,
+        typer.Option(
+            help="Name of a model, or of a gRPC service, that must take requests.",
+            autocompletion=_models,
+        ),
     ] = "",
     timeout_s: Annotated[float, typer.Option(help="Longest wait for an answer, in seconds.")] = 3.0,
     tls: UseTls = False,
@@ -477,7 +502,8 @@ def playground(  # noqa: PLR0913  one parameter an option
         typer.Option(help="The server's repository, for test images and the other variants."),
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="NAME/VERSION in it, instead of all of them.")
+        Path | None,
+        typer.Option(help="Folder of one bundle, MODELS/NAME/VERSION, instead of all of them."),
     ] = None,
     listen: Annotated[
         str,
@@ -507,7 +533,9 @@ def playground(  # noqa: PLR0913  one parameter an option
     Example: serve-export playground --address server:8001 --tls-ca ca.pem --token-file token
     """
     if models is not None and bundle is not None:
-        fail("give --models or --bundle, not both", status=2)
+        fail("give --models or --bundle, not both", status=WRONG)
+    if (given := models or bundle) is not None and not given.is_dir():
+        fail(f"{given} is not a folder; name the one that the server serves", status=WRONG)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would say is on the page
     try:
         from service.playground import launch as page  # noqa: PLC0415  not for who only serves

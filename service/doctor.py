@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service import access, aliases, bundle, host, model_config, tls, tracing
+from service.command_line import size
 from service.errors import BundleError, ServiceError
 from service.front.address import resolve
 from service.front.choice import choose
@@ -24,7 +25,6 @@ VNNI_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
 USEFUL_FLAGS = ("avx2", "avx512f", *VNNI_FLAGS)
 MIN_OPEN_FILES = 1024  # Linux' usual limit; each connection takes one
 SOON_S = 7 * 86_400  # a certificate that ends within it should have been renewed
-MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ def _cores(area: str, _: Settings, root: Path) -> Iterator[Finding]:
 
 def _memory(area: str, _: Settings, root: Path) -> Iterator[Finding]:
     limit, whole = host.memory_limit_bytes(root), host.memory_bytes(root)
-    allowed = "no limit" if limit is None else f"{limit // MIB:,} MiB by the cgroup's limit"
-    yield Finding(area, f"{(whole or 0) // MIB:,} MiB in the machine, {allowed}")
+    allowed = "no limit" if limit is None else f"{size(limit)} by the cgroup's limit"
+    yield Finding(area, f"{size(whole or 0)} in the machine, {allowed}")
 
 
 def _processor(area: str, _: Settings, root: Path) -> Iterator[Finding]:
@@ -217,8 +217,8 @@ def _bundles(area: str, settings: Settings, root: Path, folder: Path) -> Iterato
                 yield Finding(f"{name} {number}", str(error), ok=False)
             else:
                 verified.append(number)
-                size = sum(file.size_bytes for file in files)
-                yield Finding(f"{name} {number}", f"{len(files)} files verified, {size:,} bytes")
+                whole = size(sum(file.size_bytes for file in files))
+                yield Finding(f"{name} {number}", f"{len(files)} files verified, {whole}")
         yield _answering(name, folder / name, verified, defaults)
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from protos import bundle_pb2, parity_pb2
+from service import agreement
 from service.doctor import Finding
 
 console = Console()
@@ -108,7 +109,7 @@ def _parity_row(report: bundle_pb2.ParityReport, rows: int) -> list[str]:
     own = report.accuracy.rows
     classifies = report.reference_accuracy.rows > 0
     # As its verdict is of: integers are judged by a percentile.
-    apart = report.logits.p999 if report.budget.precision == INT8 else report.logits.max
+    apart = agreement.judged(report)
     return [
         escape(report.variant) + (f", {own:,}" if own != rows else ""),
         f"{report.accuracy.value:.2%}" if classifies else "",

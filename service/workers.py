@@ -20,8 +20,8 @@ from importlib.metadata import packages_distributions
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from service.errors import AddressError, SettingsError, WorkerError
-from service.front.address import resolve
+from service.errors import SettingsError, WorkerError
+from service.front.address import resolve, unusable
 from service.front.http import MetricsServer
 from service.live import READER, LiveStore
 from service.metrics import Metrics
@@ -224,9 +224,6 @@ def _reserved(address: str) -> Iterator[str]:
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         shared.bind(place)
     except OSError as error:
-        raise AddressError(
-            f"cannot listen on {address}: {error.strerror}; "
-            "choose another with --address HOST:PORT (port 0 takes a free one)"
-        ) from error
+        raise unusable(address, "--address", error) from error
     with shared:
         yield f"{address.rpartition(':')[0]}:{shared.getsockname()[1]}"

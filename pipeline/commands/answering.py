@@ -4,16 +4,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from pipeline.commands.options import Bundle, Models, folder_of
 from pipeline.commands.terminal import quietly, sentences
 
 
-def answer(
-    bundle: Annotated[Path, typer.Option(help="NAME/VERSION in the models' folder.")],
-) -> None:
+def answer(bundle: Bundle, models: Models = Path("models")) -> None:
     """Answer rows with every variant of a bundle, as JSON lines.
 
     A question is a line such as {"id": 1, "rows": [[...]]}: rows of the model's input. The first
@@ -22,9 +19,10 @@ def answer(
     [[...]], "seconds": 0.002}. Ends with the input. The playground (serve-export playground) starts
     it to show all variants beside what a server answers.
 
-    Exit status: 0 all was answered, though perhaps with errors; 1 the bundle is not whole.
+    Exit status: 0 all was answered, though perhaps with errors, 1 the bundle is not whole, 2 wrong
+    options, or a bundle that is not there, 130 stopped with Ctrl-C.
 
-    Example: train-export answer --bundle models/fashion-mnist/1 < questions.jsonl
+    Example: train-export answer --bundle fashion-mnist/1 < questions.jsonl
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what native code prints is no answer
@@ -34,6 +32,7 @@ def answer(
         out.flush()
 
     with sentences("stopped"), quietly():
+        path = folder_of(bundle, models)
         from pipeline.answering import answers  # noqa: PLC0415  not to print the help
 
-        answers.answer(bundle, sys.stdin, say)
+        answers.answer(path, sys.stdin, say)

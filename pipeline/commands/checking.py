@@ -6,17 +6,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.commands.options import PAIR, AsJson
-from pipeline.commands.terminal import fail, quietly, stoppable
-from pipeline.errors import CheckError, PipelineError, UsageError
+from pipeline.commands.options import (
+    PAIR,
+    AsJson,
+    Bundle,
+    Models,
+    folder_of,
+    variants,
+)
+from pipeline.commands.terminal import REFUSED, WRONG, fail, quietly, sentences
 from service import command_line
-from service.errors import ServiceError
 
-
-def _precisions(incomplete: str) -> list[str]:
-    return command_line.beginning(["float32", "float16", "int8"], incomplete)
-
-
+NOTHING = "stopped; nothing was written"
 Candidate = Annotated[
     Path | None,
     typer.Option(help="SavedModel, .onnx or .tflite to hold against it.", rich_help_panel=PAIR),
@@ -31,9 +32,7 @@ Rows = Annotated[
 
 
 def check(  # noqa: PLR0913  one parameter an option
-    bundle: Annotated[
-        Path | None, typer.Option(help="NAME/VERSION in the models' folder: check all of it.")
-    ] = None,
+    bundle: Bundle = "",
     against: Annotated[
         Path | None, typer.Option(help="SavedModel that the bundle must have been made from.")
     ] = None,
@@ -51,7 +50,7 @@ def check(  # noqa: PLR0913  one parameter an option
         typer.Option(
             help="The candidate's: float32, float16 or int8.",
             rich_help_panel=PAIR,
-            autocompletion=_precisions,
+            autocompletion=command_line.one_of("float32", "float16", "int8"),
         ),
     ] = "float32",
     output: Annotated[
@@ -64,6 +63,7 @@ def check(  # noqa: PLR0913  one parameter an option
         bool,
         typer.Option("--resize", help="Make pictures of other sizes fit.", rich_help_panel=PAIR),
     ] = False,
+    models: Models = Path("models"),
     as_json: AsJson = False,
 ) -> None:
     """Say whether a bundle, or two model files, still answer alike.
@@ -74,49 +74,51 @@ def check(  # noqa: PLR0913  one parameter an option
     Exit status: 0 they do, 1 they do not, and one sentence says why, 2 wrong options, or asked
     about what is not there, 130 stopped with Ctrl-C.
 
-    Example: train-export check --bundle models/fashion-mnist/1
+    Example: train-export check --bundle fashion-mnist/1
 
-    Example: train-export check --bundle models/fashion-mnist/1 --against saved_model --json
+    Example: train-export check --bundle fashion-mnist/1 --against saved_model --json
 
     Example: train-export check --reference saved_model --candidate model.onnx --data images.npz
     """
     files = [reference, candidate, data]
-    whole = bundle is not None and not any([*files, labels])
-    if not (whole or (bundle is None and against is None and None not in files)):
+    whole = bundle and not any([*files, labels])
+    if not (whole or (not bundle and against is None and None not in files)):
         fail(
             "give --bundle, with --against or not; or --reference, --candidate and --data",
-            status=2,
+            status=WRONG,
         )
-    try:
-        with stoppable(), quietly("starting TensorFlow, then checking"):
-            from pipeline import check, questions  # noqa: PLC0415  not to print the help
+    with sentences(NOTHING), quietly("starting TensorFlow, then checking") as show:
+        path = folder_of(bundle, models) if bundle else None
+        from pipeline import check, questions  # noqa: PLC0415  not to print the help
 
-            if bundle is not None:
-                found = check.whole_bundle(bundle, against)
-            else:
-                found = check.pair(
-                    reference or Path(),
-                    candidate or Path(),
-                    questions.read(data or Path(), labels=labels, resize=resize),
-                    precision=precision,
-                    output=output,
-                    signature=signature,
-                )
-    except CheckError as error:
-        fail(str(error), status=2 if isinstance(error, UsageError) else 1)
+        if path is not None:
+            found = check.whole_bundle(path, against, show)
+        else:
+            found = check.pair(
+                reference or Path(),
+                candidate or Path(),
+                questions.read(data or Path(), labels=labels, resize=resize),
+                precision=precision,
+                output=output,
+                signature=signature,
+                show=show,
+            )
     if as_json:
         print(check.as_json(found))
     else:
         Console().print(check.table(found))
     if found.failure:
-        fail(found.failure, status=1)
+        fail(found.failure, status=REFUSED)
 
 
 def explain(  # noqa: PLR0913  one parameter an option
     variant: Annotated[
-        str, typer.Argument(help="Of the bundle, such as onnx-int8; nothing for a pair.")
+        str,
+        typer.Argument(
+            help="Of the bundle, such as onnx-int8; nothing for a pair.", autocompletion=variants
+        ),
     ] = "",
-    bundle: Annotated[Path | None, typer.Option(help="NAME/VERSION in the models' folder.")] = None,
+    bundle: Bundle = "",
     reference: Annotated[
         Path | None, typer.Option(help="SavedModel that is right.", rich_help_panel=PAIR)
     ] = None,
@@ -124,6 +126,7 @@ def explain(  # noqa: PLR0913  one parameter an option
     data: Rows = None,
     rows: Annotated[int, typer.Option(min=2, help="How many of the worst rows to walk.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path(),
+    models: Models = Path("models"),
     as_json: AsJson = False,
 ) -> None:
     """Name the first layer where a variant departs, and why.
@@ -131,38 +134,37 @@ def explain(  # noqa: PLR0913  one parameter an option
     Walks the tensors inside a variant and its reference on the worst rows, of the bundle's golden
     set or of --data, and draws how the error grows: NAME.explained.png in --out.
 
-    Exit status: 0 the variant answers as the reference does, 1 it does not, 2 wrong options, or
-    what cannot be explained, 130 stopped with Ctrl-C.
+    Exit status: 0 the variant answers as the reference does, 1 it does not, or cannot be run, 2
+    wrong options, or asked about what is not there, 130 stopped with Ctrl-C.
 
-    Example: train-export explain onnx-int8 --bundle models/fashion-mnist/1
+    Example: train-export explain onnx-int8 --bundle fashion-mnist/1
 
     Example: train-export explain --reference saved_model --candidate model.onnx --data images.npz
     """
-    if (bundle is None or not variant) and None in (reference, candidate, data):
+    pair = (reference, candidate, data)
+    if any(pair) if bundle and variant else bundle or variant or None in pair:
         fail(
             "give VARIANT and --bundle; or --reference, --candidate and --data",
-            status=2,
+            status=WRONG,
         )
-    try:
-        with stoppable(), quietly("starting TensorFlow, then walking both"):
-            from pipeline.explain import shown, worst  # noqa: PLC0415  not to print the help
+    with sentences(NOTHING), quietly("starting TensorFlow, then walking both") as show:
+        path = folder_of(bundle, models) if bundle else None
+        from pipeline.explain import shown, worst  # noqa: PLC0415  not to print the help
 
-            if bundle is not None and variant:
-                asked = worst.of_bundle(bundle, variant, rows)
-            else:
-                asked = worst.of_pair(
-                    reference or Path(), candidate or Path(), data or Path(), rows
-                )
-            found = worst.explain(asked)
-            picture = shown.picture(found, out / f"{asked.candidate.stem}.explained.png")
-    except (PipelineError, ServiceError) as error:
-        fail(str(error), status=2)
+        if path is not None:
+            asked = worst.of_bundle(path, variant, rows, show)
+        else:
+            asked = worst.of_pair(
+                reference or Path(), candidate or Path(), data or Path(), rows, show
+            )
+        found = worst.explain(asked)
+        picture = shown.picture(found, out / f"{asked.candidate.stem}.explained.png")
     if as_json:
         print(shown.as_json(found, picture))
     else:
         Console().print(shown.table(found))
         print(f"picture: {picture}")
-    if found.diverges:
-        fail(found.text, status=1)
+    if found.diverges or asked.failure:
+        fail(found.text, status=REFUSED)
     if not as_json:
         print(f"{found.text}.")

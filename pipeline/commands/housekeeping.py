@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipeline.commands.options import AsJson, Models, Runs
 from pipeline.commands.terminal import log_plainly, print_json, sentences
+from service import command_line
 
 if TYPE_CHECKING:
     from pipeline.status import Run, Version
@@ -84,8 +85,8 @@ def clean(
         print_json([{"path": str(one.path), "size_bytes": one.size_bytes} for one in went])
         return
     for one in went:
-        print(f"{one.path}  {_size(one.size_bytes)}")
-    total = _size(sum(one.size_bytes for one in went))
+        print(f"{one.path}  {command_line.size(one.size_bytes)}")
+    total = command_line.size(sum(one.size_bytes for one in went))
     print(f"{'would remove' if dry_run else 'removed'} {len(went)}, {total}")
 
 
@@ -97,7 +98,7 @@ def _versions(versions: "list[Version]") -> Table:
             str(one.number),
             ", ".join(one.aliases),
             "" if one.accuracy is None else f"{one.accuracy:.2%}",
-            _size(one.size_bytes),
+            command_line.size(one.size_bytes),
             _when(one.created)[:DAY],
             one.parity,
         )
@@ -130,7 +131,3 @@ def _table(*columns: str) -> Table:
 
 def _when(text: str) -> str:
     return f"{datetime.fromisoformat(text).astimezone():%Y-%m-%d %H:%M}" if text else ""
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import config, dataset
+from pipeline import config
 from pipeline.commands.options import (
     AsJson,
     Data,
@@ -15,9 +15,12 @@ from pipeline.commands.options import (
     TokenFile,
     UseTls,
     Version,
+    folder_of,
+    servers,
 )
 from pipeline.commands.terminal import log_plainly, print_json, quietly, sentences
-from service import bundle
+from pipeline.errors import ConfigError, PromotionError
+from service import command_line
 
 
 def promote(  # noqa: PLR0913  one parameter an option
@@ -38,25 +41,31 @@ def promote(  # noqa: PLR0913  one parameter an option
     champion stays what it was. Needs the data that the version was trained on, and TensorFlow.
 
     Exit status: 0 it is the champion, 1 an endpoint does not hold or cannot be asked, 2 wrong
-    options, 130 stopped with Ctrl-C.
+    options, or a version that is not there, 130 stopped with Ctrl-C.
 
     Example: train-export promote fashion-mnist 3 --endpoint 127.0.0.1:8001
 
     Example: train-export promote fashion-mnist 3 --endpoint a:8001 --endpoint b:8001 --json
     """
     from pipeline import status  # noqa: PLC0415  not to print the help
-    from pipeline.endpoint import Endpoint  # noqa: PLC0415
 
     log_plainly()
     with sentences(f"stopped; {models / name}/aliases.json says what the champion is"):
-        path = status.home(models, name) / str(version)
-        servers = [Endpoint(one, tls, tls_ca, token_file=token_file) for one in endpoint]
+        home = status.home(models, name)
+        asked = servers(endpoint, tls, tls_ca, token_file)
+        path = folder_of(f"{home.name}/{version}", models)
         with quietly():
             import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
 
-            from pipeline import promote  # noqa: PLC0415
-        learnt_from = config.learnt_from(bundle.read_manifest(path).training.config, data)
-        record = promote.promote(path, dataset.prepare(learnt_from), servers)
+            from pipeline import dataset, promote  # noqa: PLC0415
+            from service import bundle  # noqa: PLC0415
+        try:
+            learnt_from = config.learnt_from(bundle.read_manifest(path).training.config, data)
+        except ConfigError as error:  # whoever has typed the command has not typed that
+            raise PromotionError(f"{path} was trained with other settings: {error}") from error
+        prepared = dataset.prepare(learnt_from)
+        with command_line.progress("asking for all test rows") as show:
+            record = promote.promote(path, prepared, asked, show=show)
     if as_json:
         print_json({"model": name, "champion": version, "record": str(record)})
         return

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, Models, Name, Version
+from pipeline.commands.options import AsJson, Models, Name, Version, folder_of
 from pipeline.commands.terminal import log_plainly, print_json, quietly, sentences
+from pipeline.errors import UsageError
 from service import command_line
 from service.remote import Remote, connect
 
@@ -20,7 +21,11 @@ def push(
     ],
     models: Models = Path("models"),
     alias: Annotated[
-        str, typer.Option(help="Point this alias there at the version, such as champion.")
+        str,
+        typer.Option(
+            help="Point this alias there at the version, such as champion.",
+            autocompletion=command_line.one_of("champion", "candidate"),
+        ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -38,18 +43,21 @@ def push(
     log_plainly()
     with quietly():
         from pipeline import push  # noqa: PLC0415  not to print the help
+        from service import aliases  # noqa: PLC0415
     with sentences("stopped; the same command goes on"):
-        store, path = connect(to), models / name / str(version)
+        store, path = connect(to), folder_of(f"{name}/{version}", models)
+        if alias and not aliases.ALIAS.fullmatch(alias):
+            raise UsageError(f"{alias!r} is not an alias; expected lower-case letters and digits")
         with command_line.progress("pushing") as show:
             show(0, sum(one.stat().st_size for one in path.rglob("*") if one.is_file()))
             pushed = push.push(path, _Watched(store.url, show))
         before = push.set_alias(store, name, alias, version) if alias else None
     if as_json:
-        aliases = {"alias": alias, "before": before} if alias else {}
-        print_json({**asdict(pushed), "model": name, "version": version, **aliases})
+        moved = {"alias": alias, "before": before} if alias else {}
+        print_json({**asdict(pushed), "model": name, "version": version, **moved})
         return
     print(f"{'already there' if pushed.already else 'pushed'}: {pushed.url}")
-    print(f"files: {pushed.files}, {pushed.size_bytes:,} bytes")
+    print(f"files: {pushed.files}, {command_line.size(pushed.size_bytes)}")
     if alias:
         print(f"{alias}: {name} {version} (was {f'version {before}' if before else 'not set'})")
 

@@ -6,21 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, Models
+from pipeline.commands.options import AsJson, Models, bundles, folder_of
 from pipeline.commands.terminal import print_json, sentences
 from pipeline.errors import UsageError
-from service import bundle, command_line
-
-
-def _bundles(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete NAME/VERSION."""
-    models = Path(context.params.get("models") or "models")
-    found = [
-        f"{name}/{number}"
-        for name in command_line.models(models)
-        for number in command_line.versions(models, name)
-    ]
-    return command_line.beginning(found, incomplete)
 
 
 def report(
@@ -29,12 +17,12 @@ def report(
         typer.Argument(
             metavar="BUNDLE",
             help="NAME/VERSION in the models' folder, or a path.",
-            autocompletion=_bundles,
+            autocompletion=bundles,
         ),
     ],
     second: Annotated[
         str,
-        typer.Argument(metavar="OTHER", help="What to compare it with.", autocompletion=_bundles),
+        typer.Argument(metavar="OTHER", help="What to compare it with.", autocompletion=bundles),
     ] = "",
     output: Annotated[
         Path | None,
@@ -50,8 +38,8 @@ def report(
     shows accuracy with intervals, McNemar's test where both answered the same rows, the settings
     that differ, and parity, size and latency of every variant side by side.
 
-    Exit status: 0 written, 1 a bundle cannot be read or is damaged, 2 wrong options, 130 stopped
-    with Ctrl-C.
+    Exit status: 0 written, 1 a bundle cannot be read or is damaged, 2 wrong options, or a bundle
+    that is not there, 130 stopped with Ctrl-C.
 
     Example: train-export report fashion-mnist/3 --output fashion-mnist.html
 
@@ -60,7 +48,7 @@ def report(
     with sentences("stopped; no page was written"):
         from pipeline import files, page  # noqa: PLC0415  not to print the help
 
-        paths = [_path(first, models), *([_path(second, models)] if second else [])]
+        paths = [folder_of(one, models) for one in (first, *filter(None, [second]))]
         written = output or Path(f"{'-and-'.join('-'.join(one.parts[-2:]) for one in paths)}.html")
         _check_writable(written)
         if len(paths) == 1:
@@ -78,23 +66,6 @@ def report(
     if found:
         print(f"{found['verdict']}.")
     print(f"page: {written}")
-
-
-def _path(text: str, models: Path) -> Path:
-    """Return the folder of a bundle.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if not text:
-        raise UsageError("the bundle's name is empty, expected NAME/VERSION or a path")
-    for path in (Path(text), models / text):
-        if (path / bundle.MANIFEST).is_file():
-            return path.resolve()
-    raise UsageError(
-        f"there is no bundle {text}, neither a path nor in {models}; train-export status lists "
-        "what is published"
-    )
 
 
 def _check_writable(page: Path) -> None:

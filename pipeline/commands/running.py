@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import config, dataset
+from pipeline import config
 from pipeline.commands.options import (
     CONNECTION,
     LEARN,
@@ -27,9 +27,10 @@ from pipeline.commands.options import (
     UseTls,
     networks,
     presets,
+    servers,
 )
 from pipeline.commands.terminal import REFUSED, fail, print_json, quietly, sentences
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DatasetError
 from service import command_line
 
 # What a run without a Prefect server needs; the environment wins, prefect.toml says the same.
@@ -41,25 +42,13 @@ PREFECT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "pipeline",
     "DO_NOT_TRACK": "1",
 }
+KINDS = ("fashion-mnist", "idx", "npz", "pictures", "line")
+SERVED = ("best", "onnx-float32", "onnx-float16", "onnx-int8")
 UNREACHABLE = "Failed to reach API at"  # how Prefect's client words it
 STOPPED = (
     "stopped; nothing was published unless the log says so, and the same command goes on where "
     "training was"
 )
-
-
-def _kinds(incomplete: str) -> list[str]:
-    kinds = ["fashion-mnist", "idx", "npz", "pictures", "line"]
-    return command_line.beginning(kinds, incomplete)
-
-
-def _loops(incomplete: str) -> list[str]:
-    return command_line.beginning(["fit", "tape"], incomplete)
-
-
-def _served(incomplete: str) -> list[str]:
-    served = ["best", "onnx-float32", "onnx-float16", "onnx-int8"]
-    return command_line.beginning(served, incomplete)
 
 
 def run(  # noqa: PLR0913  one parameter an option
@@ -97,7 +86,7 @@ def run(  # noqa: PLR0913  one parameter an option
         typer.Option(
             help="Of the data: fashion-mnist, idx, npz, pictures or line; else as found.",
             rich_help_panel=LEARN,
-            autocompletion=_kinds,
+            autocompletion=command_line.one_of(*KINDS),
         ),
     ] = None,
     name: Annotated[
@@ -116,7 +105,7 @@ def run(  # noqa: PLR0913  one parameter an option
         typer.Option(
             help="fit: Keras' own loop; tape: ours with tf.GradientTape.",
             rich_help_panel=TRAIN,
-            autocompletion=_loops,
+            autocompletion=command_line.one_of("fit", "tape"),
         ),
     ] = None,
     epochs: Annotated[
@@ -140,7 +129,7 @@ def run(  # noqa: PLR0913  one parameter an option
         typer.Option(
             help="The ONNX variant to serve; best: the fastest within its budget here.",
             rich_help_panel=PUBLISH,
-            autocompletion=_served,
+            autocompletion=command_line.one_of(*SERVED),
         ),
     ] = None,
     models: Annotated[
@@ -194,13 +183,14 @@ def run(  # noqa: PLR0913  one parameter an option
     With --endpoint the published version is asked for once more, in the deployment that serves it,
     and becomes champion only if it answers like the original there too.
 
-    Exit status: 0 published, 1 refused or failed, and nothing was published, 2 wrong options, 75
-    training was stopped by SIGTERM and goes on with the same command, 130 stopped with Ctrl-C, 143
-    by SIGTERM elsewhere.
+    Exit status: 0 published, 1 refused or failed, and nothing was published, 2 wrong options,
+    settings or data, 75 training was stopped by SIGTERM and goes on with the same command, 130
+    stopped with Ctrl-C, 143 by SIGTERM elsewhere.
 
     Example: train-export run --preset smoke
 
-    Example: train-export run --data flowers --network small --name flowers --set data.size=[64,64]
+    Example: train-export run --data flowers --network small --name flowers
+    --set 'data.size=[64,64]'
 
     Example: train-export run --config mine.toml --set training.schedule=cosine --engine tape
 
@@ -235,6 +225,7 @@ def run(  # noqa: PLR0913  one parameter an option
             ),
         )
         verify(chosen)  # now, not after half a minute of starting
+        servers(endpoint or [], tls, tls_ca, token_file)
         path = _flow(
             preset=chosen.preset,
             settings=config.as_tables(chosen),
@@ -257,15 +248,27 @@ def shown(path: Path) -> Path:
 
 
 def verify(chosen: config.Config) -> None:
-    """Refuse what can be seen to fail without TensorFlow."""
+    """Refuse what can be seen to fail without TensorFlow.
+
+    Raises:
+        ConfigError: there is no such network, or the data are not there or not what they should be.
+    """
+    from pipeline import dataset  # noqa: PLC0415  not to print the help
+
     module, _, function = chosen.training.architecture.partition(":")
     if function and not _is_there(module):
         raise ConfigError(
             f"there is no module {module} in {Path.cwd()} or among the installed packages; "
             "--network takes module:function"
         )
-    if chosen.data.source is not None:
-        dataset.verify(chosen.data)
+    source = chosen.data.source
+    if source is not None:
+        if not source.exists():
+            raise ConfigError(f"{source} is not there; --data takes a folder, or an .npz")
+        try:
+            dataset.verify(chosen.data)
+        except DatasetError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _is_there(module: str) -> bool:
@@ -353,7 +356,7 @@ def reached() -> Iterator[None]:
 
 
 def _show(path: Path, models: Path, runs: Path) -> None:
-    from pipeline import page, report  # noqa: PLC0415
+    from pipeline import dataset, page, report  # noqa: PLC0415
     from service import bundle  # noqa: PLC0415
 
     console = Console()

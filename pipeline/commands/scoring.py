@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import WHERE, Address, AsJson, engines
+from pipeline.commands.options import WHERE, Address, AsJson, Bundle, Models, folder_of
 from pipeline.commands.terminal import WRONG, fail, log_plainly, print_json, quietly, sentences
+from pipeline.errors import UsageError
 from service import command_line
 from service.host import cores
 
@@ -20,7 +21,7 @@ ENGINES = ("local", "ray")
 
 
 def score(  # noqa: PLR0913  one parameter an option
-    bundle: Annotated[Path, typer.Option(help="NAME/VERSION in the models' folder.")],
+    bundle: Bundle,
     source: Annotated[
         Path,
         typer.Option(
@@ -42,7 +43,7 @@ def score(  # noqa: PLR0913  one parameter an option
         typer.Option(
             help="local: this machine's cores; ray: a Ray cluster's.",
             rich_help_panel=WHERE,
-            autocompletion=engines,
+            autocompletion=command_line.one_of(*ENGINES),
         ),
     ] = "local",
     address: Address = "auto",
@@ -60,6 +61,7 @@ def score(  # noqa: PLR0913  one parameter an option
             rich_help_panel=WHERE,
         ),
     ] = 4096,
+    models: Models = Path("models"),
     as_json: AsJson = False,
 ) -> None:
     """Score a folder of pictures, or parquet files, with a model.
@@ -73,23 +75,26 @@ def score(  # noqa: PLR0913  one parameter an option
     output are on a file system that all nodes share.
 
     Exit status: 0 every row came out, 1 the bundle, the input or the output cannot be used, 2 wrong
-    options, 130 stopped with Ctrl-C.
+    options, or a bundle or an input that is not there, 130 stopped with Ctrl-C.
 
-    Example: train-export score --bundle models/fashion-mnist/1 --input pictures --output scores
+    Example: train-export score --bundle fashion-mnist/1 --input pictures --output scores
 
-    Example: train-export score --bundle models/fashion-mnist/1 --input rows.parquet
+    Example: train-export score --bundle fashion-mnist/1 --input rows.parquet
     --column image.bytes --output scores --workers 4 --json
     """
     check_engine(engine)
     log_plainly()
     with sentences("stopped; parts that are whole are kept, and the same command goes on"):
+        path = folder_of(bundle, models)
+        if not source.exists():
+            raise UsageError(f"{source} is not there; --input is a folder or a parquet file")
         with quietly("looking at the bundle"):
             from pipeline import scoring  # noqa: PLC0415  not to print the help
 
             chosen = _engine(engine, address, workers or cores())
         with command_line.progress("scoring") as show:
             scored = scoring.score(
-                bundle,
+                path,
                 source,
                 output,
                 chosen,

@@ -10,10 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.commands.options import CONNECTION, TlsCa, UseTls
-from pipeline.commands.terminal import fail, log_plainly, quietly
-from pipeline.errors import PipelineError
-from service.errors import ServiceError
+from pipeline.commands.options import CONNECTION, TlsCa, UseTls, names
+from pipeline.commands.terminal import REFUSED, fail, log_plainly, quietly, sentences
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.endpoint import Endpoint
@@ -36,7 +35,7 @@ def shadow(  # noqa: PLR0913  one parameter an option
         Path | None,
         typer.Option(help="SavedModel to hold answers against, where the bundles are not here."),
     ] = None,
-    model: Annotated[str, typer.Option(help="Only this one's rows.")] = "",
+    model: Annotated[str, typer.Option(help="Only this one's rows.", autocompletion=names)] = "",
     rows: Annotated[
         int | None, typer.Option(min=1, help="End after so many rows, with a verdict.")
     ] = None,
@@ -86,31 +85,28 @@ def shadow(  # noqa: PLR0913  one parameter an option
 
     Example: train-export shadow --model fashion-mnist --rows 10000
     """
-    try:
+    with sentences("stopped; what was read has been reported"):
         from pipeline.endpoint import Endpoint  # noqa: PLC0415  gRPC: only for who asks
 
         server = Endpoint(endpoint, tls, tls_ca, tls_cert, tls_key, token_file)
         with _servers(server, every_address=every_address) as servers:
             asked = {"model": model, "rows": rows, "heartbeat": heartbeat}
             failure = _shadowed(servers, endpoint, (original, models), asked)
-    except (PipelineError, ServiceError, ValueError) as error:
-        fail(str(error), status=1)
-    except OSError as error:
-        fail(f"a file cannot be read or written: {error}", status=1)
-    except KeyboardInterrupt:
-        fail("stopped; what was read has been reported", status=130)
     if failure and rows is not None:
-        fail(failure, status=1)
+        fail(failure, status=REFUSED)
 
 
 def _servers(server: "Endpoint", *, every_address: bool) -> "Client | Replicas":
     """Return the one server, or all those that its name stands for."""
-    client = server.connect(channels=1)  # reports go to who has sampled the rows
+    try:
+        client = server.connect(channels=1)  # reports go to who has sampled the rows
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
     if not every_address:
         return client
     client.close()  # what is wrong with the options has been said now
     if server.tls or server.tls_ca or server.tls_cert:
-        raise ValueError(
+        raise UsageError(
             "--every-address connects to addresses, and a certificate is for a name, which our "
             "client cannot be told to expect there; leave the options of TLS out, or start one "
             "shadow for each server's own name, without --every-address"

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import config
-from pipeline.commands.options import WHERE, Address, AsJson, Data, Runs, engines, presets
+from pipeline.commands.options import WHERE, Address, AsJson, Data, Runs, presets
 from pipeline.commands.running import leave, reached, use_prefect, verify
-from pipeline.commands.scoring import check_engine
+from pipeline.commands.scoring import ENGINES, check_engine
 from pipeline.commands.terminal import REFUSED, WRONG, fail, log_plainly, quietly, sentences
+from service import command_line
 
 if TYPE_CHECKING:
     from pipeline.sweep import Job, Outcome
@@ -52,7 +53,7 @@ def sweep(  # noqa: PLR0913  one parameter an option
         typer.Option(
             help="local: one after the other on this machine; ray: on a Ray cluster.",
             rich_help_panel=WHERE,
-            autocompletion=engines,
+            autocompletion=command_line.one_of(*ENGINES),
         ),
     ] = "local",
     address: Address = "auto",
@@ -72,12 +73,11 @@ def sweep(  # noqa: PLR0913  one parameter an option
     """Train every combination of some settings, and compare them.
 
     Publishes nothing. Each is trained and scored on the test rows in a process of its own, below
-    runs/sweep. The
-    table is sorted by the validation loss of the best epoch: choose by that. The same command goes
-    on where it was stopped; combinations that are done are not trained again.
+    runs/sweep. The table is sorted by the validation loss of the best epoch: choose by that. The
+    same command goes on where it was stopped; combinations that are done are not trained again.
 
-    Exit status: 0 at least one could be trained, 1 none could, or settings or data cannot work, 2
-    wrong options, 130 stopped with Ctrl-C, 143 by SIGTERM.
+    Exit status: 0 at least one could be trained, 1 none could, 2 wrong options, settings or data,
+    130 stopped with Ctrl-C, 143 by SIGTERM.
 
     Example: train-export sweep --preset quick --grid training.learning_rate=0.001,0.003
     --grid training.seed=1,2,3 --output sweep.csv

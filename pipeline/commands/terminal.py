@@ -14,12 +14,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import InterruptedTrainingError, PipelineError
+from pipeline.errors import (
+    ConfigError,
+    InterruptedTrainingError,
+    PipelineError,
+    SweepError,
+    UsageError,
+)
 from service import command_line
-from service.errors import ServiceError
+from service.errors import ServiceError, SettingsError
 
 GPU_DRIVER = Path("/dev/nvidiactl")
 REFUSED, WRONG, GO_ON_LATER, STOPPED = 1, 2, os.EX_TEMPFAIL, 130
+# What was typed cannot work; whatever else is refused is no mistake of who typed it.
+MISTAKES = (ConfigError, UsageError, SweepError, SettingsError)
 
 
 def fail(reason: str, *, status: int) -> NoReturn:
@@ -54,7 +62,7 @@ def sentences(stopped: str) -> Iterator[None]:
         except InterruptedTrainingError as error:
             fail(str(error), status=GO_ON_LATER)
         except (PipelineError, ServiceError) as error:
-            fail(str(error), status=REFUSED)
+            fail(str(error), status=WRONG if isinstance(error, MISTAKES) else REFUSED)
         except OSError as error:
             fail(f"a file cannot be read or written: {error}", status=REFUSED)
 
@@ -76,11 +84,12 @@ def quiet_tensorflow() -> None:
 
 
 @contextmanager
-def quietly(task: str = "starting TensorFlow") -> Iterator[None]:
+def quietly(task: str = "starting TensorFlow") -> Iterator[command_line.Show]:
     """Hold back what native code writes while it is loaded, and give it out if that fails.
 
     TensorFlow's own switch for it, TF_CPP_MIN_LOG_LEVEL, comes too late for its first lines. On a
-    terminal the task is shown meanwhile, and how long it has taken; nobody knows the time left.
+    terminal the task is shown meanwhile, how long it has taken, and the time left once it is told
+    how much there is to do.
 
     Args:
         task: what is done.
@@ -91,9 +100,8 @@ def quietly(task: str = "starting TensorFlow") -> Iterator[None]:
     with os.fdopen(kept, "w") as terminal, tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            with command_line.bar(terminal) as bar:
-                bar.add_task(task, total=None)
-                yield
+            with command_line.shown(task, terminal) as show:
+                yield show
         except (PipelineError, ServiceError, KeyboardInterrupt):  # of which one sentence says all
             raise
         except BaseException:

@@ -127,7 +127,8 @@ def clipped(reference: Floats, found: Floats, tolerance: float) -> str:
                 reach = float(reference.max() if end == high else reference.min())
                 return (
                     f"{many:.1%} of the elements are cut off at {end:.3g}, the reference reaches "
-                    f"{reach:.3g}: calibrate on images like those"
+                    f"{reach:.3g}, which no row did that the range is from: look for outliers, or "
+                    "bound what is before it, as relu with max_value does"
                 )
     return ""
 

@@ -19,7 +19,7 @@ ADDED_UP = {  # said where no layer departs, and the logits do
     "unknown": "every tensor inside agrees, the logits as served do not",
     "rounding": (
         "every tensor inside is as near as its precision allows, and what they are off adds up: "
-        "calibrate on more images, or take a wider precision"
+        "take a wider variant, such as onnx-float16, or train longer, which draws logits apart"
     ),
 }
 

@@ -14,13 +14,13 @@ from pipeline.page import evidence, images, words
 from pipeline.page.drawing import Page
 from pipeline.page.evidence import Evidence
 from protos import bundle_pb2
+from service import agreement
 
 Report = bundle_pb2.ParityReport
 CLASSES = 40  # that a table shows; of more the weakest
 MATRIX_CLASSES = 16  # a wider matrix is a picture
 COLUMNS = 16  # of kernels beside each other
 FEW_MAPS = 16  # are laid out in a square
-INT8 = "int8"
 BETWEEN = 8  # rows of a call that the picture leaves out
 BLUE = (74, 132, 204)  # of a matrix that is a picture, on light and dark
 
@@ -95,6 +95,7 @@ def context(manifest: bundle_pb2.BundleManifest, found: Evidence) -> dict[str, A
         "reliability": reliability(page, found),
         "points": _points(page, found),
         "worst": worst(found),
+        "outputs": found.worst_outputs.shape[1],
         "first_layer": first_layer(found, manifest.labels),
         "mistakes": mistakes(manifest, found),
         "variants": variants,
@@ -111,7 +112,7 @@ def context(manifest: bundle_pb2.BundleManifest, found: Evidence) -> dict[str, A
 
 def variant(found: Report) -> Variant:
     """Return a report with the figure by which it was judged."""
-    judged = found.logits.p999 if found.budget.precision == INT8 else found.logits.max
+    judged = agreement.judged(found)
     allowed = found.budget.max_logit
     ran = bool(found.accuracy.rows and allowed)
     return Variant(found, judged, judged / allowed if ran else math.nan)
@@ -196,12 +197,14 @@ def reliability(page: Page, found: Evidence) -> Markup | None:
     return page.reliability(rows, found.bin_confidence, found.bin_right, label)
 
 
-def worst(found: Evidence) -> list[tuple[int, str, str]]:
-    """Return row, targets and answers of those that come least close."""
+def worst(found: Evidence) -> list[tuple[int, str, str, float]]:
+    """Return row, targets, answers and root mean squared error of those that come least close."""
+    apart = found.worst_targets.astype(np.float64) - found.worst_outputs
+    errors = np.sqrt(np.square(apart).sum(axis=1) / max(1, apart.shape[1]))
     return [
-        (int(row), _numbers(target), _numbers(output))
-        for row, target, output in zip(
-            found.worst_rows, found.worst_targets, found.worst_outputs, strict=True
+        (int(row), _numbers(target), _numbers(output), float(error))
+        for row, target, output, error in zip(
+            found.worst_rows, found.worst_targets, found.worst_outputs, errors, strict=True
         )
     ]
 

@@ -29,8 +29,8 @@ def choose(settings: Settings) -> Choice:
     it is chosen only for clients of this host, or behind a proxy that bounds what it passes on.
 
     Raises:
-        SettingsError: the native front is asked for and cannot be had.
-        AddressError: the address is none.
+        SettingsError: the native front is asked for and cannot be had, or the address is none.
+        AddressError: its host is not known.
     """
     missing = _missing(settings)
     if settings.front == "native":
@@ -52,7 +52,8 @@ def is_local(address: str) -> bool:
     """Tell whether only processes of this host reach an address.
 
     Raises:
-        AddressError: it is none.
+        SettingsError: it is none.
+        AddressError: its host is not known.
     """
     if address.startswith(UNIX):
         return True

@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2
 from service.access import CONTROL, Access
 from service.call import DRAINING, Call, CallError, Status, refusal, texts
 from service.errors import AddressError, ServiceError, SettingsError
-from service.front.address import UNIX, resolve
+from service.front.address import UNIX, UNKNOWN, resolve, unusable
 from service.front.health import Health
 from service.rpc import SERVICES, STREAM, Rpc, stream_answer, stream_refusal
 
@@ -261,11 +261,8 @@ class GrpcioFront:
             else:
                 port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise AddressError(
-                f"cannot listen on {address}: it is in use, or not an address of this machine"
-                + (", or the certificate does not fit its key" if credentials else "")
-                + "; choose another with --address HOST:PORT (port 0 takes a free one)"
-            ) from error
+            pair = ", or the certificate does not fit its key" if credentials else ""
+            raise unusable(address, "--address", unknown=f"{UNKNOWN}{pair}") from error
         if address.startswith(UNIX):
             return address
         return f"{address.rpartition(':')[0]}:{port}"

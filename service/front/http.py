@@ -15,8 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, TypeAlias
 
-from service.errors import AddressError
-from service.front.address import resolve
+from service.front.address import resolve, unusable
 
 log = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
@@ -51,10 +50,7 @@ class MetricsServer:
         try:
             self._server = _Server(family, place, self._text)
         except OSError as error:
-            raise AddressError(
-                f"cannot listen on {self._address}: {error.strerror}; "
-                "choose another with --metrics-address HOST:PORT (port 0 takes a free one)"
-            ) from error
+            raise unusable(self._address, "--metrics-address", error) from error
         answer = self._server.serve_forever
         threading.Thread(target=answer, args=(POLL_S,), name="metrics", daemon=True).start()
         return f"{self._address.rpartition(':')[0]}:{self._server.server_address[1]}"

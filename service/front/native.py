@@ -24,8 +24,8 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from service.access import CONTROL, Access
 from service.call import DRAINING, Call, CallError, Status, refusal
-from service.errors import AddressError, ServiceError
-from service.front.address import UNIX, resolve
+from service.errors import ServiceError
+from service.front.address import UNIX, resolve, unusable
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
 from service.rpc import INFERENCE, Rpc
@@ -114,6 +114,9 @@ class NativeFront:
         transport = self._transport
         if not transport.address.startswith(UNIX):
             resolve(transport.address, "--address")
+        said = logging.getLogger("pygrpc_native")
+        level = said.level
+        said.setLevel(logging.ERROR)  # that it cannot listen is said in our sentence
         try:
             self._front = NativeGrpcFront(
                 transport.address,
@@ -125,10 +128,9 @@ class NativeFront:
                 reuse_port=transport.shared_port,
             )
         except (OSError, ValueError) as error:
-            raise AddressError(
-                f"cannot listen on {transport.address}: it is in use, or not an address of this "
-                "machine; choose another with --address HOST:PORT (port 0 takes a free one)"
-            ) from error
+            raise unusable(transport.address, "--address") from error
+        finally:
+            said.setLevel(level)
         self._front.set_fallback(str(self._socket))
         self._front.start()
         for number in range(self._number):

@@ -10,7 +10,8 @@ from types import FrameType
 import uvicorn
 
 from service.aio_client import AsyncClient
-from service.errors import AddressError
+from service.errors import SettingsError
+from service.front.address import unusable
 from service.playground.bundles import Bundles
 from service.playground.page import Parts, application
 
@@ -78,10 +79,10 @@ class _Server(uvicorn.Server):
 
 
 def parsed(listen: str) -> tuple[str, int]:
-    """Return host and port; raises AddressError for what is no HOST:PORT."""
+    """Return host and port; raises SettingsError for what is no HOST:PORT."""
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:  # noqa: PLR2004  of TCP
-        raise AddressError(f"--listen is {listen!r}, expected HOST:PORT, such as 127.0.0.1:7860")
+        raise SettingsError(f"--listen is {listen!r}, expected HOST:PORT, such as 127.0.0.1:7860")
     return host.strip("[]"), int(port)
 
 
@@ -99,4 +100,4 @@ def _bound(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG
         )
     except OSError as error:
-        raise AddressError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        raise unusable(f"{host}:{port}", "--listen", error) from error

@@ -10,13 +10,14 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from protos import bundle_pb2, inference_pb2, parity_pb2
+from service import agreement
 from service.aio_client import AsyncClient
 from service.errors import ServerError
 
 PAUSE_S = 1.0
 ASK_S = 3.0
 NS_PER_S = 1e9
-INT8 = "int8"
+INTEGERS = "int8"
 VERDICT = {parity_pb2.LIVE_VERDICT_PASSED: "passed", parity_pb2.LIVE_VERDICT_FAILED: "failed"}
 Counted = dict[tuple[str, str], inference_pb2.ModelStatistics]
 
@@ -145,19 +146,13 @@ def parity_of(one: parity_pb2.VersionParity) -> dict[str, Any]:
     return shown
 
 
-def apart(report: bundle_pb2.ParityReport) -> float:
-    """Return the difference that a verdict is of: integers are judged by a percentile."""
-    integers = report.budget.precision == INT8
-    return report.logits.p999 if integers else report.logits.max
-
-
 def _report(report: bundle_pb2.ParityReport) -> dict[str, Any]:
     return {
         "variant": report.variant,
         "rows": report.accuracy.rows,
         "accuracy": report.accuracy.value,
         "agreement": report.agreement,
-        "apart": apart(report),
+        "apart": agreement.judged(report),
         "allowed": report.budget.max_logit,
         "explained": report.flips_explained,
         "unexplained": report.flips_unexplained,
@@ -177,6 +172,7 @@ def _live(live: parity_pb2.LiveParity) -> dict[str, Any]:
         "agreement": window.agreed / window.rows if window.rows else None,
         "apart": window.max_logit if window.rows else None,
         "allowed": live.budget.max_logit,
+        "integers": live.budget.precision == INTEGERS,  # which a largest difference fails not
         "explained": window.flips_explained,
         "unexplained": window.flips_unexplained,
     }

@@ -331,8 +331,27 @@ def test_options_that_do_not_go_together_are_refused_as_usage(words):
 def test_a_bundle_that_is_not_there_is_usage_and_not_a_verdict(tmp_path):
     result = run("--bundle", str(tmp_path / "none"))
 
-    assert result.exit_code == 2
-    assert "there is no folder" in result.stderr
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "there is no bundle" in result.stderr
+
+
+def test_a_bundle_is_found_by_its_name_in_the_models_folder(make_bundle):
+    models = make_bundle().parents[1]
+
+    assert run("--bundle", "tiny/1", "--models", models).exit_code == 0
+
+
+def test_how_far_it_is_is_told_in_files_of_a_bundle_and_in_rows_of_a_pair(
+    make_bundle, saved, candidate, images
+):
+    of_bundle: list[tuple[int, int]] = []
+    of_pair: list[tuple[int, int]] = []
+    found = check.whole_bundle(make_bundle(), show=lambda *said: of_bundle.append(said))
+    hold(saved, candidate(), images, show=lambda *said: of_pair.append(said))
+
+    files = len(found.reports)
+    assert of_bundle == [(done, files) for done in range(files + 1)]
+    assert of_pair == [(0, 80), (40, 80), (80, 80)]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
+import json
+import os
 import re
 import subprocess
 import sys
 
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from pipeline import __main__ as command
+from pipeline import config
+from pipeline.commands import options
 from tests.service.test_command_line import check_help, complete
 
 runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
@@ -35,7 +40,8 @@ def test_the_help_lists_every_command_once_in_a_group_of_its_kind():
 
 def test_bash_completes_presets_networks_models_and_versions(tmp_path):
     (tmp_path / "models" / "shirts" / "12").mkdir(parents=True)
-    (tmp_path / "models" / "shirts" / "12" / "manifest.json").touch()
+    manifest = {"parity": [{"variant": "onnx-int8"}, {"variant": "tflite-int8"}]}
+    (tmp_path / "models" / "shirts" / "12" / "manifest.json").write_text(json.dumps(manifest))
     script = runner.invoke(command.app, ["completion", "bash"], prog_name="train-export").stdout
 
     _, *found = complete(
@@ -47,11 +53,49 @@ def test_bash_completes_presets_networks_models_and_versions(tmp_path):
             ["train-export", "promote", ""],
             ["train-export", "promote", "shirts", ""],
             ["train-export", "check", "--bundle", "mod"],
+            ["train-export", "check", "--bundle", "s"],
+            ["train-export", "report", "shirts/12", "s"],
+            ["train-export", "explain", "onnx"],
+            ["train-export", "explain", "--bundle", "shirts/12", ""],
+            ["train-export", "run", "--serve", "b"],
         ],
         tmp_path,
     )
 
-    assert found == ["smoke", "conv64 conv64x2", "shirts", "12", ""]
+    assert found[:5] == ["smoke", "conv64 conv64x2", "shirts", "12", ""]
+    assert found[5:7] == ["shirts/12"] * 2
+    assert found[7:] == [
+        "onnx-float32 onnx-float16 onnx-int8", "onnx-int8 tflite-int8", "best",
+    ]  # fmt: skip
+
+
+def test_completion_imports_nothing_that_is_slow(tmp_path):
+    code = (
+        "import sys; sys.argv = ['train-export']; from pipeline.__main__ import app\n"
+        "try:\n    app(prog_name='train-export')\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'tensorflow', 'keras', 'prefect', 'numpy', 'grpc'} & set(sys.modules)))"
+    )
+    asked = {
+        "_TRAIN_EXPORT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "train-export explain ",
+        "COMP_CWORD": "2",
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | asked,
+    )
+
+    assert done.stdout.split() == [*options.VARIANTS, "[]"]
+
+
+def test_every_variant_that_is_completed_is_one():
+    variant = TypeAdapter(config.VariantName)
+
+    assert [variant.validate_python(one) for one in options.VARIANTS] == list(options.VARIANTS)
 
 
 def test_help_is_there_before_tensorflow_is():

@@ -99,7 +99,7 @@ def test_a_bad_grid_is_refused_before_tensorflow_and_prefect_are_there(tmp_path)
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
 
-    assert done.stdout.splitlines()[-1] == "1 []"
+    assert done.stdout.splitlines()[-1] == "2 []"
     assert not list(tmp_path.iterdir())
 
 

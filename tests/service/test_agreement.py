@@ -79,8 +79,8 @@ def test_equal_logits_pass_and_every_figure_says_so():
     assert report.mcnemar_p == 1
     assert report.agreement == 1
     assert (report.flips_explained, report.flips_unexplained) == (0, 0)
-    assert report.logits == bundle_pb2.Difference()
-    assert report.probabilities == bundle_pb2.Difference()
+    assert report.logits == bundle_pb2.Difference(p999_low=0)
+    assert report.probabilities == bundle_pb2.Difference(p999_low=0)
     assert report.kl_divergence == 0
 
 
@@ -718,6 +718,45 @@ def test_a_share_of_few_rows_fails_int8_only_once_its_interval_does(rows, flips,
 
     assert report.flips_explained == flips
     assert report.passed is passes, report.failure
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    ("share", "rows", "least", "most"),
+    [(0.0005, 100, 0.0, 0.08), (0.0005, 284, 0.0, 0.08), (0.03, 100, 0.9, 1), (0.03, 284, 0.99, 1)],
+)
+def test_a_right_int8_file_fails_on_few_of_its_rows_or_a_wrong_one_passes(
+    share, rows, least, most, together
+):
+    """Differences over the budget, alone or a whole row at a time, in draws from a test set."""
+    rng = np.random.default_rng(0)
+    whole = np.tile(np.array([[20.0, 0.0, -20.0]], np.float32), (20_000, 1))
+    over = rng.random((20_000, 1 if together else 3)) < share
+    candidate = np.where(over, whole + 1.3, whole).astype(np.float32)  # no class changes
+
+    def fails(places):
+        reference, labels = whole[places], np.zeros(len(places), np.int64)
+        return not compared(candidate[places], reference=reference, labels=labels).passed
+
+    assert fails(np.arange(20_000)) is (share > 0.001)
+    draws = [rng.choice(20_000, rows, replace=False) for _ in range(300)]
+    assert least <= np.mean([fails(one) for one in draws]) <= most
+
+
+def test_the_figure_that_is_judged_is_told():
+    reference, labels = many(100)
+    candidate = moved(7, 2, 5.0, reference)
+
+    report = compared(candidate, reference=reference, labels=labels)
+
+    assert report.logits.max == 5
+    assert report.logits.p999 > report.budget.max_logit > agreement.judged(report) == 0
+    assert report.passed
+    few = compared(candidate, precision="float32", reference=reference, labels=labels)
+    assert agreement.judged(few) == 5
+    report.logits.ClearField("p999_low")  # as a manifest of before has it
+    agreement.judge(report)
+    assert report.failure.startswith("99.9th percentile of |Δlogit| is 3")
 
 
 def test_scale_is_the_median_of_the_rows_largest_and_never_zero():

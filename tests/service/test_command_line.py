@@ -156,6 +156,32 @@ def test_models_and_versions_of_a_folder_are_found_the_newest_first(tmp_path):
     assert command_line.beginning(["ab", "b"], "a") == ["ab"]
 
 
+def test_what_is_completed_among_bundles_and_fixed_words(tmp_path):
+    for path in ("b/1", "b/10", "a/1"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "manifest.json").touch()
+
+    assert command_line.bundles(tmp_path) == ["a/1", "b/10", "b/1"]
+    assert command_line.one_of("auto", "native", "grpcio")("n") == ["native"]
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "said"),
+    [
+        (0, "0 KiB"),
+        (1023, "1 KiB"),
+        (999 << 10, "999 KiB"),
+        (1000 << 10, "1.0 MiB"),
+        (99 << 20, "99.0 MiB"),
+        (100 << 20, "100 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (5000 << 40, "5,000 TiB"),
+    ],
+)
+def test_a_size_has_binary_units_and_a_fraction_where_it_is_small(size_bytes, said):
+    assert command_line.size(size_bytes) == said
+
+
 def test_progress_is_nothing_where_there_is_no_terminal():
     with redirect_stderr(io.StringIO()) as said, command_line.progress("asking") as show:
         show(1, 2)
@@ -244,9 +270,15 @@ def test_bash_completes_commands_models_versions_and_paths(tmp_path):
             ["serve-export", "alias", ""],
             ["serve-export", "alias", "shirts", "champion", ""],
             ["serve-export", "predict", "mod"],
+            ["serve-export", "serve", "--front", ""],
+            ["serve-export", "serve", "--log-format", "j"],
+            ["serve-export", "doctor", "--model-control", "e"],
+            ["serve-export", "completion", "f"],
         ],
         tmp_path,
     )
 
-    assert found == ["health", "shirts", "12", ""]
+    assert found == [
+        "health", "shirts", "12", "", "auto native grpcio", "json", "explicit", "fish",
+    ]  # fmt: skip
     assert "-o default" in how  # where we know nothing, bash completes paths

@@ -71,9 +71,9 @@ def plain(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def sentence(result):
+def sentence(result, status=1):
     """Return the one sentence of a command that was refused."""
-    assert result.exit_code == 1
+    assert result.exit_code == status
     assert result.stdout == ""
     return plain(result.stderr).removeprefix("error: ").rstrip("\n")
 
@@ -176,7 +176,7 @@ def test_wrong_options_end_with_status_2(run, arguments):
     ],
 )
 def test_setting_that_cannot_work_is_said_to_be_so(run, tmp_path, options, reason):
-    assert sentence(run("serve", "--repository", tmp_path, *options)) == reason
+    assert sentence(run("serve", "--repository", tmp_path, *options), 2) == reason
 
 
 @pytest.mark.parametrize("option", ["token", "admin-token"])
@@ -184,11 +184,11 @@ def test_file_of_tokens_that_cannot_be_used_is_said_to_be_so(run, tmp_path, opti
     path = tmp_path / "tokens"
     command = ("serve", "--repository", tmp_path, f"--{option}-file", path)
 
-    assert sentence(run(*command)).startswith(f"token file {path} cannot be read: ")
+    assert sentence(run(*command), 2).startswith(f"token file {path} cannot be read: ")
     path.write_text("\n \n")
-    assert sentence(run(*command)) == f"token file {path} has no token; expected one a line"
+    assert sentence(run(*command), 2) == f"token file {path} has no token; expected one a line"
     path.write_text("short\n")
-    assert sentence(run(*command)) == (
+    assert sentence(run(*command), 2) == (
         "a token has fewer than 16 characters; make one with: openssl rand -hex 32"
     )
 
@@ -199,7 +199,7 @@ def test_token_of_the_environment_that_can_be_guessed_is_refused_and_not_shown(
 ):
     monkeypatch.setenv(variable, "secret")
 
-    refused = sentence(run("serve", "--repository", tmp_path))
+    refused = sentence(run("serve", "--repository", tmp_path), 2)
 
     assert refused.startswith("a token has fewer than 16 characters")
     assert "secret" not in refused
@@ -219,7 +219,7 @@ def alias(run, make_bundle):
 def test_alias_of_what_is_no_models_name_is_refused(alias, name):
     alias, model = alias
 
-    assert sentence(alias(name, "champion", 1)) == f"{name!r} is not the name of a model"
+    assert sentence(alias(name, "champion", 1), 2) == f"{name!r} is not the name of a model"
     assert not (model / "aliases.json").exists()
 
 
@@ -242,7 +242,7 @@ def test_alias_is_set_moved_and_removed_and_says_what_it_was(alias):
     ("words", "reason"),
     [
         (("tiny", "champion", 4), "tiny has no version 4 for champion to point at"),
-        (("none", "champion", 1), "there is no model 'none'; name one that was published"),
+        (("none", "champion", 1), "there is no model 'none' in {}; name one that was published"),
         (
             ("tiny", "Champion", 1),
             "'Champion' is not an alias; expected lower-case letters and digits",
@@ -252,13 +252,13 @@ def test_alias_is_set_moved_and_removed_and_says_what_it_was(alias):
 def test_alias_that_cannot_be_is_refused_and_nothing_is_changed(alias, words, reason):
     alias, model = alias
 
-    assert sentence(alias(*words)) == reason
+    assert sentence(alias(*words), 2) == reason.format(model.parent)
     assert aliases.read(model) == {}
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/models", "gs://bucket/models", "file:///models"])
 def test_alias_behind_a_url_is_refused_with_the_command_that_can(run, url):
-    assert sentence(run("alias", "tiny", "champion", 3, "--repository", url)) == (
+    assert sentence(run("alias", "tiny", "champion", 3, "--repository", url), 2) == (
         f"{url} is an address, and alias changes folders of this host; to point one at a version "
         f"there: train-export push tiny 3 --to {url} --alias champion"
     )
@@ -362,12 +362,12 @@ def test_token_of_a_file_or_of_the_environment_is_shown_to_the_server(
     assert run("parity", *ask).exit_code == 0
 
 
-@pytest.mark.parametrize("command", [("predict", "a.png"), ("parity",)])
+@pytest.mark.parametrize("command", [("predict", __file__), ("parity",)])
 def test_tls_files_that_cannot_be_used_are_named(run, tmp_path, command):
     missing = tmp_path / "ca.pem"
 
-    assert "ca.pem cannot be read" in sentence(run(*command, "--tls-ca", missing))
-    assert "need each other" in sentence(run(*command, "--tls-cert", missing))
+    assert "ca.pem cannot be read" in sentence(run(*command, "--tls-ca", missing), 2)
+    assert "need each other" in sentence(run(*command, "--tls-cert", missing), 2)
 
 
 def test_invert_is_what_the_model_sees(run, address, picture):
@@ -422,7 +422,7 @@ def test_file_that_is_no_picture_is_said_to_be_so(run, address, tmp_path):
     )
 
 
-@pytest.mark.parametrize("command", [("predict", "a.png"), ("parity",)])
+@pytest.mark.parametrize("command", [("predict", __file__), ("parity",)])
 def test_server_that_is_not_there_is_said_to_be_so(run, command):
     assert sentence(run(*command, "--address", NOBODY)) == (
         f"no server answers at {NOBODY}; start one with: serve-export serve --repository models"
@@ -489,6 +489,17 @@ def test_health_is_told_by_status_and_a_word_or_a_sentence(
     assert said in (sentence(result) if status else result.stdout)
 
 
+@pytest.mark.parametrize("words", [("parity",), ("health",), ("predict", __file__)])
+def test_where_json_was_asked_for_a_refusal_leaves_standard_output_empty(run, words):
+    assert f"no server answers at {NOBODY}" in sentence(run(*words, "--address", NOBODY, "--json"))
+
+
+def test_a_picture_that_is_not_there_is_status_2_before_anybody_is_asked(run, picture):
+    refused = run("predict", picture(5), "nowhere.png", "--address", NOBODY)
+
+    assert sentence(refused, 2) == "nowhere.png is not there; name PNG or JPEG files"
+
+
 def test_health_as_json_says_who_and_how(run, address):
     found = json.loads(run("health", "--address", address, "--json").stdout)
 
@@ -497,8 +508,8 @@ def test_health_as_json_says_who_and_how(run, address):
 
 def test_health_of_a_server_that_is_not_there_is_a_sentence(run, tmp_path):
     assert f"no server answers at {NOBODY}" in sentence(run("health", "--address", NOBODY))
-    assert "cannot be read" in sentence(run("health", "--tls-ca", tmp_path / "none"))
-    assert "need each other" in sentence(run("health", "--tls-cert", tmp_path / "none"))
+    assert "cannot be read" in sentence(run("health", "--tls-ca", tmp_path / "none"), 2)
+    assert "need each other" in sentence(run("health", "--tls-cert", tmp_path / "none"), 2)
 
 
 def test_health_is_asked_where_the_environment_says_that_the_server_listens(
@@ -510,7 +521,7 @@ def test_health_is_asked_where_the_environment_says_that_the_server_listens(
     assert run("health").stdout == "ready\n"
 
 
-INTERRUPTED = [("predict", "a.png", "--model", "tiny"), ("parity",), ("parity", "--watch")]
+INTERRUPTED = [("predict", __file__, "--model", "tiny"), ("parity",), ("parity", "--watch")]
 
 
 @pytest.mark.parametrize("words", INTERRUPTED)

@@ -109,9 +109,9 @@ def test_memory_is_told_with_its_limit(examine, tmp_path):
     root = write(tmp_path, meminfo="MemTotal: 8388608 kB\n", memory_max="1610612736\n")
 
     (found,) = examine("memory", root)
-    assert found.found == "8,192 MiB in the machine, 1,536 MiB by the cgroup's limit"
+    assert found.found == "8.0 GiB in the machine, 1.5 GiB by the cgroup's limit"
     (found,) = examine("memory", write(tmp_path, memory_max="max\n"))
-    assert found.found == "8,192 MiB in the machine, no limit"
+    assert found.found == "8.0 GiB in the machine, no limit"
 
 
 @pytest.mark.parametrize(

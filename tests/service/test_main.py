@@ -20,17 +20,24 @@ def command(*arguments, **environment):
     )
 
 
-def test_refusal_is_one_sentence_and_status_1(tmp_path):
+def test_a_setting_that_cannot_work_is_one_sentence_and_status_2(tmp_path):
     done = command("serve", "--repository", tmp_path, "--max-batch-rows", "0")
 
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: max_batch_rows is 0, expected 1 to 1048576\n"
 
 
-def test_server_that_cannot_start_says_why_and_leaves_no_process(tmp_path):
-    done = command("serve", "--repository", tmp_path, "--token-file", tmp_path / "none")
+def test_a_repository_that_is_not_there_is_one_sentence_and_status_1(tmp_path):
+    done = command("serve", "--repository", tmp_path / "none", "--address", "127.0.0.1:0")
 
     assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: repository {tmp_path / 'none'} ")
+
+
+def test_server_whose_files_cannot_be_read_says_why_and_leaves_no_process(tmp_path):
+    done = command("serve", "--repository", tmp_path, "--token-file", tmp_path / "none")
+
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: token file {tmp_path / 'none'} cannot be read: ")
 
 
@@ -69,6 +76,15 @@ def test_health_is_asked_without_what_explains_its_options_and_colours_its_refus
 
     assert done.stdout == "1 []\n"
     assert done.stderr.startswith("error: no server answers at 127.0.0.1:1")
+
+
+@pytest.mark.parametrize("wrong", [("--timeout-s", "-1"), ("--tls-ca", "/nowhere.pem")])
+def test_values_of_health_that_cannot_work_are_status_2(wrong):
+    done = command("health", *wrong)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("odd", [("--nonsense",), ("--timeout-s", "soon"), ("--ready=1",)])

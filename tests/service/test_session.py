@@ -254,7 +254,7 @@ def test_rows_that_are_filled_up_change_no_answer(on_gpu, tiny):
         answers = loaded.run(images)
         np.testing.assert_array_equal(answers["logits"], tiny.logits(images))
         assert answers["probabilities"].shape == (rows, 3)
-    assert max(loaded.warm_up(100_000, images[0])) == 256
+    assert max(loaded.warm_up(100_000, tiny.images(1)[0])) == 256
 
 
 def test_provider_that_onnxruntime_left_out_without_a_word_is_refused():

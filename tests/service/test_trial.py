@@ -310,7 +310,8 @@ def test_process_that_waits_for_nothing_ends_when_it_is_told_so_or_left(trials):
     left.prepare(candidate.main)
     process = left._waiting
     process.stdin.close()
-    assert process.wait(WAIT_S) == 0
+    assert wait_for(lambda: process.poll() is not None)
+    assert process.poll() == 0
     left.close()
 
 

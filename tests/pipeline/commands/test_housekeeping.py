@@ -27,6 +27,7 @@ def test_status_shows_versions_aliases_and_epochs(places):
     assert shown.exit_code == 0
     assert "champion" in shown.output
     assert "91.25%" in shown.output
+    assert " KiB" in shown.output
     assert "2 of 3" in shown.output
 
 

@@ -14,7 +14,7 @@ runner = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
 def test_a_path_in_the_place_of_a_name_is_refused(tmp_path, words):
     shown = runner.invoke(app, [*words, "--models", str(tmp_path)])
 
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert "cannot be a model, expected a name of letters" in shown.output
 
 
@@ -22,8 +22,17 @@ def test_a_path_in_the_place_of_a_name_is_refused(tmp_path, words):
 def test_an_endpoint_that_is_none_is_refused_before_anything_is_read(tmp_path, endpoint):
     shown = runner.invoke(app, ["promote", "tiny", "1", "--endpoint", endpoint])
 
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert "expected HOST:PORT with a port from 1 to 65535" in shown.output
+
+
+def test_a_version_that_is_not_there_is_status_2_before_anything_is_asked(tmp_path):
+    words = ["promote", "tiny", "7", "--endpoint", "h:1", "--models", str(tmp_path)]
+
+    shown = runner.invoke(app, words)
+
+    assert shown.exit_code == 2
+    assert "there is no bundle tiny/7, neither a path nor in" in shown.stderr
 
 
 def test_rollback_as_json_says_what_the_champion_is_and_was(make_bundle):

@@ -22,6 +22,7 @@ def test_what_was_pushed_and_what_the_alias_was_is_said(push):
     first, second = push(), push("--alias", "champion")
 
     assert first.stdout.startswith(f"pushed: {url}/tiny/1\nfiles: ")
+    assert first.stdout.splitlines()[1].endswith(" KiB")
     assert second.stdout.splitlines()[0] == f"already there: {url}/tiny/1"
     assert second.stdout.splitlines()[2] == "champion: tiny 1 (was not set)"
 
@@ -37,9 +38,19 @@ def test_what_was_pushed_is_printed_as_json(push):
     assert found["files"] > 0
 
 
-def test_what_cannot_be_pushed_is_one_sentence_and_status_1(push):
-    refused = push[0]("--to", "ftp://host/models")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--to", "ftp://host/models"), "is not an address of bundles"),
+        (("--alias", "A b"), "'A b' is not an alias"),
+        (("--models", "nowhere"), "there is no bundle tiny/1, neither a path nor in nowhere"),
+    ],
+)
+def test_a_mistake_in_what_was_typed_is_one_sentence_and_status_2_and_nothing_is_pushed(
+    push, tmp_path, words, said
+):
+    refused = push[0](*words)
 
-    assert refused.exit_code == 1
-    assert refused.stdout == ""
-    assert "is not an address of bundles" in refused.stderr
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert said in refused.stderr
+    assert not (tmp_path / "store").exists()

@@ -55,7 +55,7 @@ def test_scripts_get_the_figures_as_json(models):
 def test_a_bundle_that_is_not_there_is_refused_in_one_sentence(models, tmp_path):
     done = report("tiny/7")
 
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "there is no bundle tiny/7, neither a path nor in models" in done.stderr
     assert not list(tmp_path.glob("*.html"))
 
@@ -72,7 +72,7 @@ def test_a_damaged_bundle_is_refused_by_the_name_of_its_file(models):
 def test_a_folder_that_cannot_be_written_to_is_said(models, tmp_path):
     done = report("tiny/1", "--output", tmp_path / "missing" / "page.html")
 
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert f"there is no folder {tmp_path / 'missing'} to write page.html into" in done.stderr
     assert "partial" not in done.stderr
 
@@ -82,7 +82,7 @@ def test_a_folder_in_the_pages_place_is_said_and_nothing_is_left(models, tmp_pat
 
     done = report("tiny/1", "--output", models)
 
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert f"{models} is a folder; name a file with --output" in done.stderr
     assert sorted(tmp_path.iterdir()) == before
 
@@ -90,7 +90,7 @@ def test_a_folder_in_the_pages_place_is_said_and_nothing_is_left(models, tmp_pat
 def test_what_the_system_refuses_is_said_of_the_page_itself(models, tmp_path):
     done = report("tiny/1", "--output", tmp_path / ("a" * 250))
 
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert f"{'a' * 250} cannot be written: File name too long" in done.stderr
     assert "partial" not in done.stderr
 
@@ -98,5 +98,5 @@ def test_what_the_system_refuses_is_said_of_the_page_itself(models, tmp_path):
 def test_an_empty_name_is_refused_in_one_sentence(models):
     done = report("")
 
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "the bundle's name is empty, expected NAME/VERSION or a path" in done.stderr

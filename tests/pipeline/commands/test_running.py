@@ -14,7 +14,7 @@ runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
 def refused(*words):
     """Return the sentence that `run` ends with before anything is started."""
     shown = runner.invoke(app, ["run", *map(str, words)])
-    assert shown.exit_code == 1, shown.output
+    assert shown.exit_code == 2, shown.output
     lines = shown.output.strip().splitlines()
     assert len(lines) == 1
     return lines[0].removeprefix("error: ")
@@ -41,6 +41,9 @@ def test_help_names_every_preset_and_where_data_are_looked_for():
         (["--set", "training.epoch=3"], "there is no setting training.epoch; "),
         (["--set", "training.epochs"], "'training.epochs' has no =, "),
         (["--config", "/nowhere.toml"], "/nowhere.toml cannot be read as TOML: "),
+        (["--data", "/nowhere"], "/nowhere is not there; "),
+        (["--endpoint", "8001"], "the server is '8001', expected HOST:PORT"),
+        (["--endpoint", "h:1", "--tls-ca", "/nowhere.pem"], "/nowhere.pem cannot be read: "),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_sentence_before_anything_is_started(words, start):
@@ -78,6 +81,13 @@ def test_pictures_and_modules_that_cannot_work_are_one_sentence_before_anything_
 
     assert "set data.size" in refused("--data", tmp_path)
     assert refused("--network", "nowhere:make").startswith("there is no module nowhere in ")
+
+
+def test_where_json_was_asked_for_a_refusal_leaves_standard_output_empty():
+    shown = runner.invoke(app, ["run", "--preset", "huge", "--json"])
+
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("error: preset is 'huge', ")
 
 
 @pytest.mark.slow

@@ -74,6 +74,17 @@ def test_a_refusal_is_one_sentence_and_status_1(score):
     assert "Traceback" not in refused.output
 
 
+def test_a_bundle_or_an_input_that_is_not_there_is_status_2(score):
+    for words, said in (
+        (("--bundle", "tiny/7"), "there is no bundle tiny/7"),
+        (("--input", "nowhere"), "nowhere is not there; --input is a folder"),
+    ):
+        refused = score(*words)
+
+        assert refused.exit_code == 2
+        assert said in refused.output
+
+
 def test_ctrl_c_keeps_the_parts_that_are_whole_and_the_same_command_goes_on(make_bundle, tmp_path):
     source, output = tmp_path / "pictures", tmp_path / "out"
     source.mkdir()

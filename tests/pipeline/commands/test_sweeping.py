@@ -64,8 +64,13 @@ def test_an_output_of_another_kind_is_status_2_before_anything_is_done(again, tm
 def test_a_network_of_no_module_is_refused_before_anything_is_trained(again):
     refused = again("--grid", "training.architecture=nowhere:build,linear")
 
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "nowhere" in refused.output
+
+
+@pytest.mark.parametrize("grid", ["training.seed", "export.serve=best", "training.nothing=1"])
+def test_a_grid_that_means_nothing_is_status_2(again, grid):
+    assert again("--grid", grid).exit_code == 2
 
 
 def test_how_many_are_done_and_the_time_left_is_logged_once_each(tmp_path, caplog):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from pipeline import __main__ as command
 from pipeline import export
-from pipeline.explain import first_divergence
+from pipeline.explain import first_divergence, worst
 from pipeline.export import onnx as onnx_export
 from pipeline.export import passes
 
@@ -295,5 +295,33 @@ def test_the_command_says_one_sentence_draws_a_picture_and_ends_with_1(made, tmp
     assert json.loads(good.stdout)["diverges"] is False
 
 
-def test_the_command_without_files_is_status_2():
-    assert runner.invoke(command.app, ["explain", "onnx-int8"]).exit_code == 2
+def test_what_failed_on_more_rows_than_these_is_said_where_these_show_nothing(made):
+    asked = worst.Asked(made.saved, made.onnx, IMAGES, failure="over all rows it failed")
+
+    found = worst.explain(asked)
+
+    assert not found.diverges
+    assert found.text.endswith("; but over all rows it failed")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("onnx-int8",),
+        ("--bundle", "tiny/1"),
+        ("onnx-int8", "--bundle", "tiny/1", "--data", "rows.npz"),
+        ("onnx-int8", "--reference", "a", "--candidate", "b", "--data", "c"),
+    ],
+)
+def test_options_that_do_not_go_together_are_status_2(words):
+    refused = runner.invoke(command.app, ["explain", *words])
+
+    assert refused.exit_code == 2
+    assert "give VARIANT and --bundle; or --reference" in refused.stderr
+
+
+def test_a_bundle_that_is_not_there_is_status_2():
+    refused = runner.invoke(command.app, ["explain", "onnx-int8", "--bundle", "tiny/7"])
+
+    assert refused.exit_code == 2
+    assert "there is no bundle tiny/7" in refused.stderr

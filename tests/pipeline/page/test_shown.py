@@ -11,7 +11,7 @@ def test_a_variant_is_shown_with_the_figure_that_it_is_judged_by(garments):
 
     whole, integers = by_name["onnx-float32"], by_name["onnx-int8"]
     assert whole.judged == whole.report.logits.max
-    assert integers.judged == integers.report.logits.p999
+    assert integers.judged == integers.report.logits.p999_low  # of few rows
     assert integers.share == pytest.approx(integers.judged / integers.report.budget.max_logit)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from service.errors import AddressError, SettingsError
+from service.errors import SettingsError
 from service.front import choice
 from service.front.choice import Choice, choose, is_local
 from service.settings import Settings
@@ -73,5 +73,5 @@ def test_grpcio_serves_where_the_native_library_is_not_installed(chosen, without
 
 
 def test_address_that_is_none_is_refused():
-    with pytest.raises(AddressError):
+    with pytest.raises(SettingsError, match="expected HOST:PORT"):
         is_local("nonsense")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from service.errors import AddressError
+from service.errors import AddressError, SettingsError
 from service.front import http as front
 from service.front.http import MAX_CONNECTIONS, MetricsServer
 
@@ -91,8 +91,8 @@ def test_address_that_is_in_use_is_refused_with_a_sentence(serve):
     with pytest.raises(AddressError) as caught:
         serve(address=address)
     assert str(caught.value) == (
-        f"cannot listen on {address}: Address already in use; "
-        "choose another with --metrics-address HOST:PORT (port 0 takes a free one)"
+        f"cannot listen on {address}: another process listens there already, which you may "
+        "stop; choose another with --metrics-address HOST:PORT (port 0 takes a free one)"
     )
 
 
@@ -101,7 +101,7 @@ def test_address_that_is_in_use_is_refused_with_a_sentence(serve):
     ["8002", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", "::1:80", "a:b:1"],
 )
 def test_address_that_is_none_is_refused_with_what_one_looks_like(serve, address):
-    with pytest.raises(AddressError, match="expected HOST:PORT, such as") as caught:
+    with pytest.raises(SettingsError, match="expected HOST:PORT, such as") as caught:
         serve(address=address)
     assert repr(address) in str(caught.value)
 

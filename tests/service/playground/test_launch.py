@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service import commands
-from service.errors import AddressError
+from service.errors import SettingsError
 from service.playground import launch
 
 
@@ -30,7 +30,7 @@ def test_where_to_listen_is_host_and_port(listen, found):
 
 @pytest.mark.parametrize("listen", ["7860", "127.0.0.1", "127.0.0.1:", "a:b", "127.0.0.1:65536"])
 def test_what_is_no_host_and_port_is_refused(listen):
-    with pytest.raises(AddressError, match="expected HOST:PORT"):
+    with pytest.raises(SettingsError, match="expected HOST:PORT"):
         launch.parsed(listen)
 
 
@@ -143,15 +143,17 @@ def test_an_address_that_is_taken_is_a_sentence():
 
     assert result.exit_code == 1
     assert "cannot listen on 127.0.0.1:" in result.output
+    assert "another process listens there already" in result.output
+    assert "choose another with --listen HOST:PORT" in result.output
 
 
 @pytest.mark.parametrize(
     ("options", "status", "said"),
     [
         (["--models", "a", "--bundle", "b"], 2, "give --models or --bundle, not both"),
-        (["--models", "nothing"], 1, "nothing is not a folder"),
-        (["--token-file", "nothing"], 1, "nothing"),
-        (["--listen", "7860"], 1, "expected HOST:PORT"),
+        (["--models", "nothing"], 2, "nothing is not a folder"),
+        (["--token-file", "nothing"], 2, "nothing"),
+        (["--listen", "7860"], 2, "expected HOST:PORT"),
     ],
 )
 def test_options_that_cannot_work_are_a_sentence(options, status, said, tmp_path, monkeypatch):

@@ -132,19 +132,10 @@ def test_live_parity_is_shown_once_a_shadow_has_reported():
     nothing = live.parity_of(one)["live"]
     one.live.verdict, one.live.failure = parity_pb2.LIVE_VERDICT_FAILED, "a flip"
     one.live.window.rows, one.live.window.agreed = 4, 3
-    one.live.window.max_logit = 0.5
+    one.live.window.max_logit, one.live.budget.precision = 0.5, "int8"
     failed = live.parity_of(one)["live"]
 
     assert (nothing["verdict"], nothing["agreement"], nothing["apart"]) == ("unknown", None, None)
     assert (failed["verdict"], failed["agreement"], failed["apart"]) == ("failed", 0.75, 0.5)
     assert failed["failure"] == "a flip"
-
-
-@pytest.mark.parametrize(("precision", "apart"), [("float32", 0.5), ("int8", 0.25)])
-def test_integers_are_shown_by_the_percentile_that_judges_them(precision, apart):
-    one = parity_pb2.VersionParity()
-    report = one.self_check.report
-    report.budget.precision = precision
-    report.logits.max, report.logits.p999 = 0.5, 0.25
-
-    assert live.apart(report) == apart
+    assert (nothing["integers"], failed["integers"]) == (False, True)
