@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from rich.progress import Progress
 from benchmarks import bundles, load
 from benchmarks.contenders import ROOT, Contender, Running, running
 from benchmarks.load import Load, Outcome
+from benchmarks.steady import Steady
 from protos import bundle_pb2
 from service.session import Session
 
@@ -63,6 +65,7 @@ class Made:
     saved_model: Path
     images: NDArray[np.uint8]  # (128, 28, 28, 1)
     expected: NDArray[np.float32]  # probabilities of them
+    steady: Steady  # by calling it
 
     @staticmethod
     def make(folder: Path, network: str) -> "Made":
@@ -73,13 +76,15 @@ class Made:
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (128, 28, 28, 1), np.uint8)
         bundles.write(folder / f"models-{network}", bundles.exported(content, images[:8]))
-        expected = Session(content, OPTIONS, threads=1).run(images)["probabilities"]
+        model = Session(content, OPTIONS, threads=1)
+        expected = model.run(images)["probabilities"]
         return Made(
             repository=folder / f"models-{network}",
             onnx=folder / network / "model.onnx",
             saved_model=folder / network / "saved_model",
             images=images,
             expected=expected.astype(np.float32),
+            steady=Steady(model, images),
         )
 
 
@@ -87,13 +92,18 @@ def start_often(
     contenders: Sequence[Contender], made: Made, found: Measured, times: int, progress: Progress
 ) -> None:
     """Start each server several times, in turn, and note when it answers and what it takes."""
+
+    def started(one: Contender) -> tuple[float, float]:
+        with running(one, made.images) as server:
+            return server.first_answer_s, load.pss_mib(server.pid)
+
     task = progress.add_task("starts", total=times + 1)
     for number in range(times + 1):
         for one in contenders:
-            with running(one, made.images) as server:
-                if number:  # the first reads files that the others find in memory
-                    found.starts_s.setdefault(one.name, []).append(server.first_answer_s)
-                    found.pss_mib.setdefault(one.name, []).append(load.pss_mib(server.pid))
+            first_answer_s, pss_mib = made.steady.measure(partial(started, one))
+            if number:  # the first reads files that the others find in memory
+                found.starts_s.setdefault(one.name, []).append(first_answer_s)
+                found.pss_mib.setdefault(one.name, []).append(pss_mib)
         progress.advance(task)
 
 
@@ -108,7 +118,10 @@ def ask_in_turn(  # noqa: PLR0913  what is asked, of whom, how often, and where 
     *,
     seconds: float = SECONDS,
 ) -> None:
-    """Ask every server in every way, in an order that changes from round to round."""
+    """Ask every server in every way, in an order that changes from round to round.
+
+    What is measured while this machine has not all of its cores is measured again.
+    """
     rng = random.Random(0)
     plans = []
     task = progress.add_task("warm-up", total=len(cases))
@@ -124,7 +137,8 @@ def ask_in_turn(  # noqa: PLR0913  what is asked, of whom, how often, and where 
             turn = [plan for plan in plans if plan[1] == case]
             rng.shuffle(turn)
             for server, _, request, count in turn:
-                outcome = load.run(request, case.load, count, server.pid)
+                once = partial(load.run, request, case.load, count, server.pid)
+                outcome = made.steady.measure(once)
                 found.outcomes.setdefault((server.contender.name, case.name), []).append(outcome)
             progress.advance(task)
         between()
