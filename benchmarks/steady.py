@@ -3,7 +3,7 @@
 Two cores of a virtual machine may be the two threads of one real core for seconds at a time. The
 same call of the same model then takes up to three times the processor time, on both, whoever calls
 it; one core alone shows nothing. So a load counts only if just before and just after it as many
-callers as there are cores were about as fast as at their best. That knows nothing of who is measured.
+callers as there are cores were about as fast as at their best, which knows nothing of who is asked.
 """
 
 import threading

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-KIB = 1024
+from service import command_line
+
 DIGITS = 10  # below it a figure has two places behind the point, below its square one
 SMALLEST_P = 1e-9  # nobody needs to know how much smaller
 MILLION = 1_000_000
@@ -29,10 +30,9 @@ def tiny(value: float) -> str:
     return f"{value:.1e}" if value and (value < 0.001 or value >= MILLION) else f"{value:.2g}"  # noqa: PLR2004
 
 
-def size(size_bytes: float) -> str:
-    """Return a size in KiB or MiB."""
-    kib = size_bytes / KIB
-    return f"{kib:,.0f}{SPACE}KiB" if kib < KIB else f"{kib / KIB:,.1f}{SPACE}MiB"
+def size(size_bytes: int) -> str:
+    """Return a size as on a terminal, in KiB or larger units."""
+    return command_line.size(size_bytes).replace(" ", SPACE)
 
 
 def milliseconds(seconds: float) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from protos import bundle_pb2
 from protos import inference_pb2 as pb
-from service import pictures
+from service import agreement, command_line, pictures
 from service.aio_client import AsyncClient
 from service.bundle import Bundle
 from service.errors import PictureError
@@ -34,6 +34,9 @@ PAGE_ROWS = 30  # test images shown at a time
 SERVED = "served"
 IDENTITY = ("run", "model.sha256")  # of a version, on whichever replica
 TOO_MANY = "the pictures up to 0"  # how a sentence about a request of pictures begins
+INTEGERS = "int8"  # the precision of a budget that is held against a whole test set only
+BLACK = 32  # of 255: a border whose pixels are darker than this on average
+MOST = 0.9  # of the test images
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Answers:
         return {
             "version": number,
             "rows": len(golden.inputs),
+            "light_on_black": light_on_black(golden.inputs),
             "images": [
                 {
                     "row": int(row),
@@ -91,6 +95,10 @@ class Answers:
             self._client, pixels, model=asked.model, version=asked.version
         )
         probabilities = answer.probabilities[0].astype(float)
+        if not np.isfinite(probabilities).all():
+            raise PlaygroundError(
+                f"{answer.model} {answer.version} answers probabilities that are not finite"
+            )
         yield {
             "served": {
                 "model": answer.model,
@@ -106,7 +114,10 @@ class Answers:
         }
         try:
             content = await self._bundle(about, answer.version)
-            async with aclosing(self._compared(content, answer, pixels, latency)) as found:
+            compared = self._compared(
+                content, answer, pixels, latency, tested=asked.row is not None and not asked.invert
+            )
+            async with aclosing(compared) as found:
                 async for message in found:
                     yield message
         except PlaygroundError as error:
@@ -124,6 +135,8 @@ class Answers:
         answer: Answer,
         pixels: NDArray[np.uint8],
         latency: served.Latency,
+        *,
+        tested: bool,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Give a row for each variant, again whenever one has answered."""
         reports = {one.variant: one for one in content.manifest.parity}
@@ -142,7 +155,8 @@ class Answers:
                     said[one.variant] = one
                 else:
                     names = one
-                yield {"variants": rows(names, said, reports, content.manifest.served_variant)}
+                served_variant = content.manifest.served_variant
+                yield {"variants": rows(names, said, reports, served_variant, tested=tested)}
 
     async def _chosen(self, about: pb.ModelMetadataResponse) -> str:
         """Return the version that the server means when none is named."""
@@ -179,6 +193,13 @@ def mixed(classes: NDArray[np.integer]) -> NDArray[np.intp]:
     return np.lexsort((classes, turns))
 
 
+def light_on_black(inputs: NDArray[np.generic]) -> bool:
+    """Tell whether test images, (rows, height, width, channels), are light things on black."""
+    edges = (inputs[:, 0], inputs[:, -1], inputs[:, :, 0], inputs[:, :, -1])
+    borders = np.mean([edge.reshape(len(inputs), -1).mean(axis=1) for edge in edges], axis=0)
+    return bool(np.mean(borders < BLACK) >= MOST)
+
+
 def decode(content: bytes, shape: tuple[int, int, int], invert: bool) -> NDArray[np.uint8]:
     """Return a picture that a stranger may have made as a model's input, as `pictures` does.
 
@@ -212,6 +233,8 @@ def rows(
     said: dict[str, Said],
     reports: dict[str, bundle_pb2.ParityReport],
     served_variant: str,
+    *,
+    tested: bool = True,
 ) -> list[dict[str, Any]]:
     """Return a row for each who answers, the original and the server first.
 
@@ -220,37 +243,77 @@ def rows(
         said: what those who did have answered, by their names.
         reports: of the manifest, by the same names.
         served_variant: which of them the server runs.
+        tested: whether the image is one of the test set, which budgets are for.
     """
-    original = said.get(ORIGINAL)
+    original = _finite(said.get(ORIGINAL))
     first = [name for name in (ORIGINAL, SERVED) if name == SERVED or name in reports]
     order = [*first, *(name for name in reports if name != ORIGINAL)]
     found = []
     for name in order:
         report = reports.get(served_variant if name == SERVED else name)
-        row: dict[str, Any] = {"variant": name, "allowed": 0.0, "refused": "", "error": ""}
+        row: dict[str, Any] = {"variant": name, "refused": "", "error": ""}
         if report is not None:
-            row |= {"allowed": report.budget.max_logit, "bytes": report.size_bytes}
+            row |= {"size": command_line.size(report.size_bytes)}
         if name in said:
-            row |= _answered(said[name], original)
+            row |= _answered(said[name])
+            if original is not None and "probabilities" in row:
+                row |= _held(said[name], original, report, tested=tested)
         elif name not in names and report is not None:
             row["refused"] = report.failure or "it is not in the bundle"
         found.append(row)
     return found
 
 
-def _answered(said: Said, original: Said | None) -> dict[str, Any]:
+def _answered(said: Said) -> dict[str, Any]:
     if said.error:
         return {"error": said.error}
+    if _finite(said) is None:
+        return {"error": "a logit is not finite"}
+    return {"probabilities": _softmax(np.array(said.outputs)).tolist(), "ms": said.seconds * 1000}
+
+
+def _finite(said: Said | None) -> NDArray[np.float64] | None:
+    """Return what was answered, if it was anything that others can be held against."""
+    logits = np.array(said.outputs if said is not None else (), np.float64)
+    return logits if len(logits) and np.isfinite(logits).all() else None
+
+
+def _held(
+    said: Said,
+    original: NDArray[np.float64],
+    report: bundle_pb2.ParityReport | None,
+    *,
+    tested: bool,
+) -> dict[str, Any]:
+    """Return how far an answer is from the original's, and what on one image is an alarm.
+
+    The largest difference is one of floats only: of integers some are allowed to be over the
+    budget. A class may change where the original's margin is within twice what is allowed.
+    """
     logits = np.array(said.outputs, np.float64)
-    found: dict[str, Any] = {
-        "probabilities": _softmax(logits).tolist(),
-        "ms": said.seconds * 1000,
+    apart, same = float(np.abs(logits - original).max()), logits.argmax() == original.argmax()
+    found = {"apart": apart, "same": bool(same)}
+    if report is None or not report.budget.max_logit:
+        return found
+    allowed = _allowed(report.budget, original, tested=tested)
+    integers = report.budget.precision == INTEGERS
+    margin = agreement.margins(original[np.newaxis].astype(np.float32))[0]
+    return found | {
+        "allowed": allowed,
+        "integers": integers,
+        "over": not integers and apart > allowed,
+        "unexplained": bool(not same and margin > 2 * allowed),
     }
-    if original is not None and original.outputs:
-        reference = np.array(original.outputs, np.float64)
-        found["apart"] = float(np.abs(logits - reference).max())
-        found["same"] = bool(logits.argmax() == reference.argmax())
-    return found
+
+
+def _allowed(budget: bundle_pb2.Budget, original: NDArray[np.float64], *, tested: bool) -> float:
+    """Return what a logit may differ by: of a strange image more where its logits are larger.
+
+    As `agreement.hostile_limits` has it. Rounding grows with what is added up.
+    """
+    if tested or not budget.scale:
+        return budget.max_logit
+    return budget.max_logit * max(1.0, float(np.abs(original).max()) / budget.scale)
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

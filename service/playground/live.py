@@ -172,7 +172,7 @@ def _live(live: parity_pb2.LiveParity) -> dict[str, Any]:
         "agreement": window.agreed / window.rows if window.rows else None,
         "apart": window.max_logit if window.rows else None,
         "allowed": live.budget.max_logit,
-        "integers": live.budget.precision == INTEGERS,  # which a largest difference fails not
+        "integers": live.budget.precision == INTEGERS,  # judged by other figures than `apart`
         "explained": window.flips_explained,
         "unexplained": window.flips_unexplained,
     }

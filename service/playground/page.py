@@ -176,7 +176,7 @@ async def _answer(request: Request) -> Response:
     if content is None:
         return JSONResponse(
             {
-                "error": f"the file is over {MAX_UPLOAD_BYTES >> 20} MB, which no picture here "
+                "error": f"the file is over {MAX_UPLOAD_BYTES >> 20} MiB, which no picture here "
                 "needs; make it smaller"
             },
             413,

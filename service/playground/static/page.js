@@ -10,7 +10,7 @@ const LATE_MS = 6000; // without a word from our own server
 
 const $ = (id) => document.getElementById(id);
 const state = {
-  models: [], up: null, last: null, // what was asked last, to be asked again
+  models: [], up: null, lightOnBlack: undefined, last: null, // what was asked last, to be asked again
   asking: null, start: 0, imagesOf: "", rates: [], ratesOf: "", live: null, heard: 0,
 };
 
@@ -47,7 +47,6 @@ const small = (value) =>
     "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(one)]).join("")}`);
 const milliseconds = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(0)} ms`;
 const number = (value) => value >= 100 ? Math.round(value).toLocaleString("en") : value.toFixed(value < 10 ? 1 : 0);
-const kilobytes = (bytes) => bytes > 1e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${Math.ceil(bytes / 1e3)} kB`;
 const likeliest = (row) => row.indexOf(Math.max(...row));
 const longer = (name) => ({ "saved-model": "original", served: "served", "self-check": "self-check" })[name] ?? name;
 
@@ -95,6 +94,8 @@ async function refreshImages(start = 0) {
     return; // said by the live panel
   }
   if (state.imagesOf !== wanted || found.away) return;
+  state.lightOnBlack = found.light_on_black;
+  say("ground", found.light_on_black ? "light on black, as the test images are." : "");
   say("no-images", found.error);
   sayRefused($("refused").textContent);
   $("pages").hidden = !found.images;
@@ -199,7 +200,7 @@ function upload(file) {
   if (!file) return;
   open($("tab-upload"));
   if (file.size > MAX_UPLOAD_BYTES) {
-    say("refused", `“${plain(file.name)}” has ${Math.round(file.size / 2 ** 20)} MB, expected at most 32; make it smaller`);
+    say("refused", `“${plain(file.name)}” has ${Math.round(file.size / 2 ** 20)} MiB, expected at most 32; make it smaller`);
     return;
   }
   ask({ content: file, name: plain(file.name) });
@@ -265,7 +266,7 @@ function lack(sentence) { // there are no variants, or no more of them
   say("missing", sentence);
   say("waiting", "");
   $("variants").replaceChildren();
-  $("legend").hidden = true;
+  $("legend").hidden = $("integers").hidden = true;
 }
 async function* messages(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -291,7 +292,7 @@ function showAnswer(answer) {
   $("seen-size").textContent = `${width} × ${height}${channels === 1 ? ", gray" : ", RGB"}`;
   $("ink-label").hidden = channels === 1;
   const best = likeliest(answer.probabilities);
-  $("top").replaceChildren(`${answer.labels[best]} `, make("span", { text: percent(answer.probabilities[best]) }));
+  $("top").replaceChildren(make("bdi", { text: answer.labels[best] }), " ", make("span", { text: percent(answer.probabilities[best]) }));
   const right = answer.truth === answer.labels[best];
   $("truth").replaceChildren(...!answer.truth ? [] : [make("span", {
     class: right ? "good" : "bad-text", text: right ? "✓ right" : `✗ it is: ${answer.truth}`,
@@ -299,7 +300,7 @@ function showAnswer(answer) {
   $("by").textContent = `${answer.model}, version ${answer.version}`;
   showBars(answer);
   showLatency(answer.latency);
-  say("hint", answer.light_border ? "the border is light; if the model learnt light things on black, swap light and dark" : "");
+  say("hint", answer.light_border && state.lightOnBlack !== false && state.last.row === undefined ? "the border is light; if the model learnt light things on black, swap light and dark" : "");
   say("missing", "");
   say("waiting", "");
 }
@@ -311,7 +312,7 @@ function showBars({ labels, probabilities }) {
   const bars = $("bars");
   while (bars.children.length > places.length) bars.lastChild.remove();
   while (bars.children.length < places.length)
-    bars.append(make("li", {}, make("span", { class: "name" }), make("span", { class: "track" }, make("i")), make("span", { class: "value" })));
+    bars.append(make("li", {}, make("span", { class: "name", dir: "auto" }), make("span", { class: "track" }, make("i")), make("span", { class: "value" })));
   for (const [row, place] of places.entries()) {
     const [name, track, value] = bars.children[row].children;
     bars.children[row].className = place === best ? "first" : "";
@@ -342,6 +343,7 @@ function showVariants(rows) {
   say("waiting", waiting.length ? `Waiting for ${waiting.join(", ")}${waiting.includes("original") ? "; TensorFlow takes ten seconds to start" : ""}.` : "");
   $("waiting").classList.toggle("spin", waiting.length > 0);
   $("legend").hidden = false;
+  $("integers").hidden = !rows.some((row) => row.integers);
   const head = make("div", { role: "row", class: "head" }, ...["variant", "probabilities", "answer", "Δ to the original", "in the model"].map((text, place) =>
     make("span", { role: "columnheader", text, class: place === 4 ? "number" : "" })));
   $("variants").replaceChildren(head, ...rows.map((row) => variantRow(row)));
@@ -349,17 +351,18 @@ function showVariants(rows) {
 function variantRow(row) {
   const cells = { name: [], chart: [], answer: [], distance: [], time: [] };
   cells.name.push(make("strong", { text: longer(row.variant) }), make("small", {
-    text: { "saved-model": "SavedModel on TensorFlow", served: "over gRPC" }[row.variant] ?? (row.bytes ? kilobytes(row.bytes) : ""),
+    text: { "saved-model": "SavedModel on TensorFlow", served: "over gRPC" }[row.variant] ?? row.size ?? "",
   }));
   if (row.refused) cells.answer.push(make("small", { text: `not published: ${row.refused}` }));
   else if (row.error) cells.answer.push(make("span", { class: "bad-text", text: row.error }));
   else if (row.probabilities) {
     const best = likeliest(row.probabilities);
     cells.chart.push(columns(row.probabilities));
-    cells.answer.push(make("span", { class: row.same === false ? "bad-text" : "", text: `${state.labels[best]} ${percent(row.probabilities[best])}` }));
-    if (row.same === false) cells.answer.push(make("small", { text: "another class than the original's" }));
+    cells.answer.push(make("span", { class: row.unexplained ? "bad-text" : "" },
+      make("bdi", { text: state.labels[best] }), ` ${percent(row.probabilities[best])}`));
+    if (row.same === false) cells.answer.push(make("small", { text: flip(row) }));
     if (row.variant === "saved-model") cells.distance.push(make("small", { text: "what the others are held to" }));
-    else if (row.apart !== undefined) cells.distance.push(meter(row.apart, row.allowed));
+    else if (row.apart !== undefined) cells.distance.push(meter(row));
     cells.time.push(row.ms ? milliseconds(row.ms) : "");
   } else cells.answer.push(make("small", { class: "spin", text: "answering" }));
   return make("div", { role: "row", class: row.variant === "saved-model" ? "reference" : "", "data-variant": row.variant },
@@ -374,12 +377,17 @@ function columns(probabilities) {
   }
   return picture;
 }
-function meter(apart, allowed) {
-  const share = allowed ? apart / allowed : 1;
+function flip({ unexplained }) {
+  if (unexplained === undefined) return "another class than the original's";
+  return unexplained ? "another class, though the original's margin is over twice the budget"
+    : "another class; the original's margin is within twice the budget";
+}
+function meter({ apart, allowed, integers, over }) {
   const bar = make("i");
-  bar.style.width = `${Math.min(100, 100 * share)}%`;
-  return make("span", { class: share > 1 ? "meter over" : "meter" }, make("span", {}, bar),
-    make("span", { text: small(apart) }), make("small", { text: allowed ? `of ${small(allowed)}` : "" }));
+  bar.style.width = `${allowed ? Math.min(100, 100 * apart / allowed) : 100}%`;
+  const verdict = integers || !allowed ? "none" : over ? "over" : "";
+  return make("span", { class: `meter ${verdict}` }, make("span", {}, bar), make("span", { text: small(apart) }),
+    make("small", { text: !allowed ? "" : integers ? `budget ${small(allowed)}` : `of ${small(allowed)}` }));
 }
 
 // What the server says of itself
@@ -449,7 +457,7 @@ function showParity(parity) {
     longer(one.variant), meterText(one), one.accuracy ? percent(one.agreement) : "",
     one.accuracy ? `${one.explained + one.unexplained}` : "", verdict(one.passed, one.failure)]));
   const { live, check } = parity;
-  if (live) rows.push(row("td", ["live", live.rows ? `${small(live.apart)} of ${small(live.allowed)}` : "",
+  if (live) rows.push(row("td", ["live", live.rows ? live.integers ? `at most ${small(live.apart)}` : meterText(live) : "",
     live.rows ? percent(live.agreement) : "", live.rows ? `${live.explained + live.unexplained}` : "",
     live.verdict === "unknown" ? make("span", { class: "quiet", text: "no rows" }) : verdict(live.verdict === "passed", live.failure)]));
   $("reports").replaceChildren(make("table", {}, row("th", ["", "|Δ| of allowed", "agreement", "flips", "verdict"]), ...rows));

@@ -165,8 +165,8 @@ def test_the_command_keeps_standard_output_for_answers(make_bundle, tiny):
     names, answer = map(json.loads, done.stdout.splitlines())
     assert (done.returncode, names) == (0, {"variants": ["onnx-float32"]})
     assert answer["outputs"] == tiny.logits(tiny.images(1)).tolist()
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert "nothing/1/manifest.json is missing" in refused.stderr
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "there is no bundle nothing/1" in refused.stderr
 
 
 def test_every_runtime_answers_as_the_original(exports, data):

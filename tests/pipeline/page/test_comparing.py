@@ -117,6 +117,12 @@ def test_the_page_names_both_and_their_figures(pair, models):
         assert there in text
 
 
+def test_a_variant_without_a_file_has_no_size(pair, models):
+    text, _ = page.of_two(*(one.write(models) for one in pair))
+
+    assert "0\u00a0KiB</td>" not in text.replace("800\u00a0KiB", "")
+
+
 def test_a_variant_that_only_one_has_is_not_made_by_the_other(pair, models):
     del pair[1].manifest.parity[0]
 

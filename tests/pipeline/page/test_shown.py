@@ -82,6 +82,34 @@ def test_a_model_that_does_not_classify_shows_what_makes_sense_for_it(line):
         assert missing not in text
 
 
+def test_what_comes_least_close_has_its_error_and_the_largest_is_first(line):
+    found = shown.worst(line.found)
+
+    errors = [error for *_, error in found]
+    apart = line.found.worst_targets[0] - line.found.worst_outputs[0]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] == pytest.approx(np.sqrt((apart**2).mean()), rel=1e-5)
+    text = page.render(line.manifest, line.found)
+    assert f"<td>{errors[0]:.4g}</td></tr>" in text
+    assert "over the 2 outputs of a row" in text
+
+
+def test_a_model_that_does_not_classify_has_no_accuracy_in_the_heading_of_its_cost(line, garments):
+    numbers, classes = (page.render(one.manifest, one.found) for one in (line, garments))
+
+    assert "<h2>Size and latency</h2>" in numbers
+    assert "<h2>Accuracy, size and latency</h2>" in classes
+
+
+def test_a_class_whose_name_ends_with_a_number_is_told_from_its_rows(make_classifier):
+    made = make_classifier(labels=["kind 1", "kind 2"], classes=2)
+    pair = made.manifest.evaluation.confused[0]
+
+    text = page.render(made.manifest, made.found)
+
+    assert f"<bdi>{pair.label}</bdi> as <bdi>{pair.predicted}</bdi> ({pair.rows})" in text
+
+
 def test_a_variant_whose_answers_are_not_finite_is_shown(garments):
     for report in garments.manifest.parity:
         report.logits.max = report.logits.p999 = report.probabilities.max = float("nan")

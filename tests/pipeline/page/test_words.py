@@ -16,6 +16,7 @@ from pipeline.page import words
         (words.tiny(float("inf")), "not finite"),
         (words.size(1023), "1 KiB"),
         (words.size(1_700_000), "1.6 MiB"),
+        (words.size(3 << 30), "3.0 GiB"),
         (words.milliseconds(0), words.NONE),
         (words.milliseconds(0.00005), "0.05"),
         (words.milliseconds(0.0123), "12.3"),

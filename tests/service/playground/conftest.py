@@ -54,6 +54,7 @@ def with_variants(manifest: bundle_pb2.BundleManifest) -> None:
         report = manifest.parity.add()
         report.CopyFrom(served)
         report.variant = name
+        report.budget.precision = "int8" if name.endswith("int8") else "float32"
     refused = manifest.parity[-1]
     refused.passed, refused.failure = False, "it was over its budget"
     refused.path = ""

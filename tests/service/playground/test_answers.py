@@ -19,8 +19,8 @@ def png(pixels, **options):
     return written.getvalue()
 
 
-def report(variant, failure=""):
-    budget = bundle_pb2.Budget(max_logit=0.5)
+def report(variant, failure="", *, precision="float32", scale=1.0):
+    budget = bundle_pb2.Budget(max_logit=0.5, precision=precision, scale=scale)
     return bundle_pb2.ParityReport(
         variant=variant, budget=budget, passed=not failure, failure=failure, size_bytes=9
     )
@@ -95,6 +95,87 @@ def test_everyone_who_answers_has_a_row_and_the_original_comes_first():
     assert rows[0]["ms"] == 4
     assert rows[0]["probabilities"] == pytest.approx([0.7310586, 0.2689414])
     assert rows[-1]["refused"] == "it was over its budget"
+
+
+def held(original, other, *, tested=True, **budget):
+    """Return the row of a variant that answers `other` where the original answers `original`."""
+    reports = {name: report(name, **budget) for name in ("saved-model", "onnx")}
+    said = {"saved-model": Said("saved-model", original), "onnx": Said("onnx", other)}
+    return answers.rows(tuple(said), said, reports, "onnx", tested=tested)[-1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "apart", "over"),
+    [("float32", 0.5, False), ("float32", 0.75, True), ("float16", 0.75, True), ("int8", 9, False)],
+)
+def test_only_floats_can_be_over_their_budget_on_one_image(precision, apart, over):
+    row = held((20.0, 0.0), (20.0, float(apart)), precision=precision)
+
+    assert (row["apart"], row["allowed"], row["over"]) == (apart, 0.5, over)
+    assert row["integers"] == (precision == "int8")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("margin", "other", "unexplained"),
+    [(1.0, (0.0, 1.0), False), (1.25, (0.0, 1.0), True), (1.25, (2.0, 1.0), False)],
+)
+def test_a_flip_is_unexplained_where_the_margin_is_over_twice_the_budget(
+    precision, margin, other, unexplained
+):
+    row = held((margin, 0.0), other, precision=precision)
+
+    assert row["unexplained"] == unexplained
+
+
+def test_of_an_image_that_is_no_test_image_the_budget_grows_with_its_logits():
+    original, other = (40.0, 0.0), (41.5, 0.0)
+
+    strange, known, small = (
+        held(original, other, tested=False, scale=10.0),
+        held(original, other, scale=10.0),
+        held((4.0, 0.0), (4.75, 0.0), tested=False, scale=10.0),
+    )
+
+    assert (strange["allowed"], strange["over"]) == (2.0, False)
+    assert (known["allowed"], known["over"]) == (0.5, True)
+    assert (small["allowed"], small["over"]) == (0.5, True)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_said_and_nothing_is_held_against_it(wrong):
+    assert held((1.0, 0.0), (wrong, 0.0))["error"] == "a logit is not finite"
+    assert "apart" not in held((wrong, 0.0), (1.0, 0.0))
+
+
+def test_without_a_budget_there_is_no_verdict():
+    said = {"saved-model": Said("saved-model", (1.0, 0.0)), "served": Said("served", (0.0, 1.0))}
+
+    row = answers.rows((), said, {"saved-model": report("saved-model")}, "gone")[1]
+
+    assert (row["apart"], row["same"]) == (1.0, False)
+    assert not {"allowed", "over", "unexplained"} & set(row)
+
+
+def test_sizes_are_as_on_a_terminal():
+    assert held((1.0, 0.0), (1.0, 0.0))["size"] == "0 KiB"
+    one = report("onnx")
+    one.size_bytes = 1_700_000
+    assert answers.rows((), {}, {"onnx": one}, "onnx")[1]["size"] == "1.6 MiB"
+
+
+@pytest.mark.parametrize(
+    ("borders", "black"),
+    [([0] * 10, True), ([0] * 9 + [255], True), ([0] * 8 + [255] * 2, False), ([31] * 10, True),
+     ([32] * 10, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_light_on_black_where_nearly_all_borders_are_black(borders, black, channels):
+    images = np.zeros((10, 6, 5, channels), np.uint8)
+    images[:] = np.array(borders)[:, np.newaxis, np.newaxis, np.newaxis]
+    images[:, 2:4, 2:4] = 255
+
+    assert answers.light_on_black(images) == black
 
 
 def test_nothing_is_held_against_an_original_that_has_not_answered():

@@ -1,6 +1,7 @@
 """The page in a real browser: Debian's Chromium, on servers of the tiny model."""
 
 import io
+import json
 import re
 import signal
 import socket
@@ -133,7 +134,7 @@ def test_a_good_upload_is_answered_and_a_bad_one_is_one_sentence(
             {**png(np.eye(99) * 255), "buffer": png(np.eye(99) * 255)["buffer"][:90]},
             "cannot be read as a picture: it is cut off",
         ),
-        (huge, "has 200 MB, expected at most 32"),
+        (huge, "has 200 MiB, expected at most 32"),
         (bomb, "pixels; make it smaller"),
     ):
         file.set_input_files(bad)
@@ -144,11 +145,81 @@ def test_a_good_upload_is_answered_and_a_bad_one_is_one_sentence(
     expect(refused).to_be_hidden()
     expect(page.locator("#top")).to_contain_text("striped")
     expect(page.locator("#preview")).to_be_visible()
-    file.set_input_files(png([[250, 250], [250, 250]]))
-    expect(page.locator("#hint")).to_contain_text("swap light and dark")
-    page.check("#invert")
-    expect(page.locator("#top")).to_contain_text("dark")
     assert not page.failed
+
+
+def test_a_light_border_is_only_spoken_of_where_test_images_may_be_light_on_black(
+    served, open_page, visit
+):
+    address, models = served
+    known, unknown = (visit(open_page(address, one).url) for one in (models, None))
+    expect(unknown.locator("#no-images")).to_be_visible()
+    answered(known)  # its test images are not light on black
+
+    for page in (known, unknown):
+        page.locator("#file").set_input_files(png([[250, 250], [250, 250]]))
+        expect(page.locator("#top")).to_contain_text("light")
+
+    expect(unknown.locator("#hint")).to_contain_text("swap light and dark")
+    expect(known.locator("#hint")).to_be_hidden()
+    unknown.check("#invert")
+    expect(unknown.locator("#top")).to_contain_text("dark")
+
+
+@pytest.mark.parametrize("black", [True, False])
+def test_what_to_draw_is_only_said_where_the_test_images_are_so(served, open_page, visit, black):
+    page = visit(open_page(*served).url)
+    answered(page)
+
+    def told(route):
+        found = route.fetch().json()
+        assert found["light_on_black"] is False
+        route.fulfill(json=found | {"light_on_black": black})
+
+    page.route("**/api/images*", told)
+    page.reload()
+    answered(page)
+    page.click("#tab-draw")
+
+    if black:
+        expect(page.locator("#ground")).to_have_text("Light on black, as the test images are.")
+    else:
+        expect(page.locator("#ground")).to_be_hidden()
+    expect(page.locator("#draw")).to_contain_text("It is answered after each stroke.")
+
+
+def test_on_one_image_only_floats_over_their_budget_and_unexplained_flips_are_red(
+    served, open_page, visit
+):
+    page = visit(open_page(*served).url)
+    page.locator("#images button").nth(2).click()
+    answered(page)
+    rows = page.locator("#variants")
+    over = rows.locator("[data-variant=onnx-int8] .meter")
+
+    expect(over).to_have_class("meter none")
+    expect(over).to_contain_text("0.25budget ")
+    expect(page.locator("#integers")).to_contain_text("one image is no verdict")
+    expect(rows.locator(".over, .bad-text")).to_have_count(0)
+
+    def told(route):
+        first = route.fetch().text().splitlines()[0]
+        answer = {"allowed": 0.5, "probabilities": [0, 1, 0], "ms": 1, "over": False}
+        variants = [
+            answer | {"variant": "float", "apart": 0.6, "same": True, "over": True},
+            answer | {"variant": "explained", "apart": 0.4, "same": False, "unexplained": False},
+            answer | {"variant": "unexplained", "apart": 0.4, "same": False, "unexplained": True},
+        ]
+        route.fulfill(body=first + "\n" + json.dumps({"variants": variants}))
+
+    page.route("**/api/answer*", told)
+    page.locator("#images button").nth(3).click()
+
+    expect(rows.locator("[data-variant=float] .meter")).to_have_class("meter over")
+    expect(rows.locator("[data-variant=explained] .bad-text")).to_have_count(0)
+    expect(rows.locator("[data-variant=explained]")).to_contain_text("within twice the budget")
+    expect(rows.locator("[data-variant=unexplained] .bad-text")).to_have_text(re.compile("%"))
+    expect(page.locator("#integers")).to_be_hidden()
 
 
 def test_a_crash_of_the_variants_is_said_beside_the_served_answer(served, open_page, visit):

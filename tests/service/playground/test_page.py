@@ -52,6 +52,7 @@ def test_an_uploaded_picture_is_answered_by_everybody(shown, tiny):
     assert list(rows) == ["saved-model", "served", "onnx-float32", "onnx-int8", "tflite-int8"]
     assert rows["served"]["apart"] == rows["onnx-float32"]["apart"] == 0
     assert rows["onnx-int8"]["apart"] == 0.25
+    assert rows["onnx-int8"]["integers"] and not rows["onnx-int8"]["over"]
     assert rows["tflite-int8"]["refused"] == "it was over its budget"
 
 
@@ -61,6 +62,7 @@ def test_a_test_image_is_answered_with_its_class(shown, tiny):
     served = shown.get(f"/api/answer?model=tiny&row={first['row']}", b"").lines[0]["served"]
 
     assert (images["rows"], images["version"], len(images["images"])) == (12, "1", 12)
+    assert images["light_on_black"] is False
     assert served["truth"] == first["label"]
     assert served["seen"] == first["source"]
     assert shown.get("/api/images?model=tiny&version=1&from=10").json["images"][1:]
@@ -130,7 +132,7 @@ def test_an_upload_that_is_too_large_is_refused_whether_or_not_its_size_is_told(
 
     assert told.status == refused.value.code == 413
     assert told.json == untold
-    assert told.json["error"].startswith("the file is over 32 MB")
+    assert told.json["error"].startswith("the file is over 32 MiB")
 
 
 def test_without_the_bundle_only_the_server_answers_and_the_page_says_why(served, open_page):
