@@ -4,6 +4,7 @@ Whatever the source, what is kept is four IDX files in a folder of the cache: tr
 targets, test inputs and targets. `fashion_mnist`, `picture_folder` and `npz` read the sources.
 """
 
+import difflib
 import hashlib
 import json
 import logging
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 LINE = "line"
 ABOUT = "dataset.json"  # written last; a folder without it is not whole
 NAMES = "labels.txt"  # beside IDX files: the classes' names, one a line
+EXPECTED = "expected a folder of pictures, one subfolder a class, or of IDX files, or an .npz"
 MAX_EXAMPLES = 20
 MAX_LETTERS = 60  # of a file's name; one of four bytes each stays below the 255 bytes it may have
 Pair = tuple[ArrayLike, ArrayLike]
@@ -63,6 +65,7 @@ def prepare(config: DataConfig, cache: Path | None = None) -> Dataset:
             be learnt from.
     """
     kind = _kind(config)
+    _refuse_source(config)
     home = _home(cache)
     if kind == "fashion-mnist":
         folder = home / fashion_mnist.NAME
@@ -122,12 +125,23 @@ def verify(config: DataConfig) -> None:
         DatasetError: it is not there, or is not what it should be.
     """
     kind = _kind(config)
+    _refuse_source(config)
     if kind == "fashion-mnist" and config.source is not None:
         fashion_mnist.verify_folder(config.source)
     elif kind not in {"fashion-mnist", LINE}:
         source = _there(config, kind)
         if kind == "pictures":
             picture_folder.verify(source, config)
+        elif kind == "idx":
+            for part in idx.PARTS:
+                idx.find(source, part)
+
+
+def told(dataset: Dataset) -> Dataset:
+    """Log what was noticed in data before training, a line each, and return their record."""
+    for one in dataset.findings:
+        log.warning("noticed in %s: %s", dataset.name, one)
+    return dataset
 
 
 def load(dataset: Dataset) -> Splits:
@@ -205,12 +219,33 @@ def _kind(config: DataConfig) -> str:
     return "fashion-mnist"
 
 
+def _refuse_source(config: DataConfig) -> None:
+    """Refuse a path with nothing there, and a file that no kind of data is read from."""
+    source = config.source
+    if source is None or config.kind == LINE:
+        return
+    if not source.exists():
+        alike = _alike(source)
+        hint = f"did you mean {files.shown(alike)}?" if alike else EXPECTED
+        raise DatasetError(f"{files.shown(source)} is not there; {hint}")
+    if config.kind == "auto" and not source.is_dir() and source.suffix.lower() != ".npz":
+        raise DatasetError(f"{files.shown(source)} is a file of another kind; {EXPECTED}")
+
+
+def _alike(path: Path) -> Path | None:
+    """Return what a path was perhaps meant to be: the likest name beside it."""
+    try:
+        names = [one.name for one in path.resolve().parent.iterdir()]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return path.with_name(found[0]) if found else None
+
+
 def _there(config: DataConfig, kind: str) -> Path:
     source = config.source
     if source is None:
         raise DatasetError(f"data.kind is {kind}, expected data.source as well: where they are")
-    if not source.exists():
-        raise DatasetError(f"{files.shown(source)} is not there, expected the {kind} data")
     if source.is_dir() == (kind == "npz"):
         expected = "a file" if kind == "npz" else "a folder"
         raise DatasetError(f"{files.shown(source)} cannot be {kind} data, expected {expected}")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ TOKEN = "SERVE_EXPORT_TOKEN"  # as serve-export's own commands  # noqa: S105
 ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+):(?P<port>[0-9]{1,5})")
 LARGEST_PORT = 65535
 UNIX = "unix:"
+LISTENS_S = 1.0  # until nobody is taken to listen
 CHANNELS = 4  # behind a balancer of connections, several servers are asked
 
 
@@ -40,6 +42,20 @@ class Endpoint:
                 f"the server is {self.address!r}, expected HOST:PORT with a port from 1 to "
                 f"{LARGEST_PORT} and nothing before it, such as 127.0.0.1:8001"
             )
+
+    def listens(self, timeout_s: float = LISTENS_S) -> bool:
+        """Tell whether a connection to the address can be opened; nothing is said over it."""
+        try:
+            if self.address.startswith(UNIX):
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.settimeout(timeout_s)
+                    connection.connect(self.address.removeprefix(UNIX).removeprefix("//"))
+            else:
+                host, _, port = self.address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+        except OSError:
+            return False
+        return True
 
     def connect(self, channels: int = CHANNELS) -> Client:
         """Return a client.

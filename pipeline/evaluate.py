@@ -244,18 +244,17 @@ def _judge(
         (folder / page.FILE).unlink(missing_ok=True)
     if not why:
         return
+    advice = refusal.advice(trained, classifies=data.classifies)
     report = ""
     if folder is not None:
         try:
             path = refusal.write(folder, why, trained, data, gate, scores)
             report = f", {path} has all figures"
-            shown = _write_page(folder, why, gather)
+            shown = _write_page(folder, [*why, f"what may help: {advice}"], gather)
             report += f" and {shown} shows them" if shown else ""
         except OSError as error:
             log.warning("the report of what was refused cannot be written: %s", error)
-    raise EvaluationError(
-        f"{'; '.join(why)}; nothing is published{report}: train longer, or look at the data"
-    )
+    raise EvaluationError(f"{'; '.join(why)}; nothing is published{report}; {advice}")
 
 
 def _write_page(

@@ -6,11 +6,14 @@ Nothing of TensorFlow is imported before it runs, so that it is deployed in seco
 import json
 import logging
 import os
+import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from prefect import flow, runtime
@@ -22,7 +25,9 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
+from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
 from prefect.states import AwaitingRetry
 from prefect.transactions import transaction
 
@@ -34,7 +39,10 @@ from service import bundle
 from service.errors import ServiceError
 
 log = logging.getLogger("pipeline.flow")  # a deployment loads this file under another name
-STOPPING = "Stopping temporary server"  # how Prefect words it
+# How Prefect words it.
+STOPPING = "Stopping temporary server"
+FAILED = re.compile(r"(Finished in state \w+\(.* encountered an exception:? \w+): .*", re.DOTALL)
+STAGES = ("evaluate", "export", "promote", "publish", "train", "verify")
 PUBLISHED = "published.json"  # what came of it, beside
 CURVES = "curves.png"
 
@@ -99,6 +107,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         Endpoint(one, tls, as_path(tls_ca), token_file=as_path(token_file))
         for one in endpoints or []
     ]
+    tell_of_absent(servers, chosen.publishing.models)
     from pipeline import (  # noqa: PLC0415  TensorFlow
         curves,
         dataset,
@@ -116,7 +125,7 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     # Also where training is not run again: classes of a user's module are needed to load the model.
     find(chosen.training.architecture, chosen.training.architecture_settings)
     stages = tasks.Stages(chosen.runs / results.FOLDER, device.prepare())
-    prepared = stages.kept(dataset.prepare, apart=["cache"])(chosen.data)
+    prepared = dataset.told(stages.kept(dataset.prepare, apart=["cache"])(chosen.data))
     stages.once(dataset.write_examples)(prepared, chosen.runs / "examples")
     folder = train.run_folder(chosen.runs, preset, prepared, chosen.training)
     with (
@@ -124,8 +133,9 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
         publish.staging(chosen.publishing) as hidden,
     ):
         begin(folder, chosen)
-        fit = stages.kept(train.fit, places=["run"], apart=["share"], anew=chosen.training.fresh)
-        trained = fit(prepared, chosen.training, folder, tasks.Progress())
+        trained = stages.kept(
+            train.fit, places=["run"], apart=["share"], anew=chosen.training.fresh
+        )(prepared, chosen.training, folder, tasks.Progress())
         stages.once(curves.draw)(
             trained.history,
             folder / CURVES,
@@ -157,21 +167,52 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
     return str(published.path)
 
 
-def shield_server() -> None:
+def prepare(errors: int) -> None:
+    """Import TensorFlow and every stage while Prefect's temporary server starts, if it needs one.
+
+    Both take ten seconds. What goes wrong with the server is told by the flow, which tries again.
+
+    Args:
+        errors: descriptor that the server writes its errors to, as long as it runs.
+    """
+    shield_server(errors)
+    starting = Thread(target=_start_server, daemon=True)
+    if not PREFECT_API_URL.value() and PREFECT_SERVER_EPHEMERAL_ENABLED.value():
+        starting.start()
+    for name in ("tensorflow", *(f"pipeline.{stage}" for stage in STAGES)):
+        import_module(name)
+    if starting.ident:
+        starting.join()  # to Prefect it runs from the first moment
+
+
+def _start_server() -> None:
+    with suppress(Exception):
+        SubprocessASGIServer().start()
+
+
+def shield_server(errors: int | None = None) -> None:
     """Have the temporary server that Prefect starts here live in a session of its own.
+
+    Prefect's words of what it ends with are kept off the terminal: the command's are the last.
 
     Ctrl-C in a terminal reaches every process of its group; without the server Prefect would wait
     for minutes to tell it that the run has ended.
+
+    Args:
+        errors: descriptor that the server writes its errors to; None: standard error.
     """
     stock = SubprocessASGIServer._run_uvicorn_command
     if getattr(stock, "apart", False):
         return
-    # The last line of a run is its error, or how to ask the model.
+    # The last line of a run is its error, which is read once, or how to ask the model.
     logging.getLogger("prefect").addFilter(lambda record: STOPPING not in str(record.msg))
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.addFilter(shorten)
 
     def start(server: SubprocessASGIServer) -> Any:  # noqa: ANN401  as Prefect has it
         popen = subprocess.Popen
-        subprocess.Popen = partial(popen, start_new_session=True)  # type: ignore[misc, assignment]
+        subprocess.Popen = partial(popen, start_new_session=True, stderr=errors)  # type: ignore[misc, assignment]
         try:
             return stock(server)
         finally:
@@ -179,6 +220,17 @@ def shield_server() -> None:
 
     start.apart = True  # type: ignore[attr-defined]
     SubprocessASGIServer._run_uvicorn_command = start  # type: ignore[method-assign, assignment]
+
+
+def tell_of_absent(servers: Sequence[Endpoint], models: Path) -> None:
+    """Say at once which servers do not answer yet: they are only asked once all else is done."""
+    for one in servers:
+        if not one.listens():
+            log.warning(
+                "nothing listens on %s: the run goes on, but a server of %s must be there by the "
+                "time the model is published, or it will not become the champion",
+                one.address, models,
+            )  # fmt: skip
 
 
 def run_id() -> str:
@@ -242,6 +294,13 @@ def show(published: Published, folder: Path) -> None:
 def as_path(text: str | None) -> Path | None:
     """Return a parameter as a path."""
     return Path(text) if text else None
+
+
+def shorten(record: logging.LogRecord) -> bool:
+    """Leave the error out of the state that a run or a task has ended in; the command says it."""
+    if found := FAILED.match(str(record.msg)):
+        record.msg = f"{found[1]}')"
+    return True
 
 
 class _OneSentence(logging.Filter):

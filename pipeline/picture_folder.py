@@ -13,7 +13,11 @@ from pipeline.splits import Found, Split, hold_out
 
 PARTS = ("train", "test")
 SHOWN = 10  # of what cannot be read, by name
-TRIED = 30  # pictures that are read before anything else is done
+# How many pictures are read before anything else is done: those of so many bytes, which takes a
+# second or two, and no fewer and no more than these.
+TRIED_BYTES, TRIED, MOST_TRIED = 8 * 2**20, 30, 2000
+# Of the square that pictures of several sizes are best made to fit: a multiple, at most so much.
+SIDE, LARGEST_SIDE = 16, 128
 CHANNELS = {"gray": 1, "rgb": 3}
 MOST_IN_A_BYTE = 256
 
@@ -45,14 +49,24 @@ def read(folder: Path, config: DataConfig) -> Found:
 
 
 def verify(folder: Path, config: DataConfig) -> None:
-    """Read a few pictures from all over a folder, and keep nothing.
+    """Read pictures from all over a folder, all of them if they are few and small; keep nothing.
 
     Raises:
         DatasetError: as `read`, of these pictures.
     """
     _, parts = _parts(folder)
     paths = [path for part in parts for path, _ in part]
-    _images(paths[:: -(-len(paths) // TRIED)], config)
+    _images(_spread(paths, _tried(paths)), config)
+
+
+def _tried(paths: list[Path]) -> int:
+    """Return how many pictures are read at a first look, by the sizes of a few files."""
+    few = [path.stat().st_size for path in _spread(paths, TRIED)]
+    return min(max(TRIED, TRIED_BYTES * len(few) // max(1, sum(few))), MOST_TRIED)
+
+
+def _spread(paths: list[Path], most: int) -> list[Path]:
+    return paths[:: -(-len(paths) // most)]
 
 
 def _parts(folder: Path) -> tuple[tuple[str, ...], list[list[tuple[Path, int]]]]:
@@ -109,7 +123,8 @@ def _images(paths: list[Path], config: DataConfig) -> NDArray[np.uint8]:
     """Read all, then refuse if there is a reason; gray ones become RGB beside coloured ones."""
     read: list[Image.Image] = []
     refusals: list[str] = []
-    odd = ""
+    sizes: list[tuple[int, int]] = []
+    odd: Path | None = None
     size = config.size
     for path in paths:
         try:
@@ -118,25 +133,31 @@ def _images(paths: list[Path], config: DataConfig) -> NDArray[np.uint8]:
             refusals.append(files.shown(error))
             continue
         own = picture.height, picture.width
+        sizes.append(own)
         size = size or own
         if config.size is None and own != size:
-            odd = odd or _other_size(path, own, size)
+            odd = odd or path
             continue
         memory.check("the folder of pictures", size[0] * size[1] * len(picture.mode) * len(paths))
         read.append(pictures.fit(picture, *size))
     if refusals or odd:
         more = len(refusals) - SHOWN
         also = f"{more} more cannot be read" if more > 0 else ""
-        raise DatasetError("; ".join(filter(None, (*refusals[:SHOWN], also, odd))))
+        several = _several_sizes(odd, sizes) if odd else ""
+        raise DatasetError("; ".join(filter(None, (*refusals[:SHOWN], also, several))))
     mode = "RGB" if any(one.mode == "RGB" for one in read) else "L"
     return np.stack([pictures.pixels(one.convert(mode)) for one in read])
 
 
-def _other_size(path: Path, own: tuple[int, int], size: tuple[int, int]) -> str:
+def _several_sizes(path: Path, sizes: list[tuple[int, int]]) -> str:
+    """Name the first picture that has another size than the first, and a size for all."""
+    own = next(size for size in sizes if size != sizes[0])
+    median = float(np.median(sizes))
+    side = min(max(round(median / SIDE), 1) * SIDE, LARGEST_SIDE)
     return (
         f"{files.shown(path)} is {own[0]} x {own[1]} (height x width), those before it are "
-        f"{size[0]} x {size[1]}; set data.size, such as data.size=[{size[0]},{size[1]}], to have "
-        "pictures made to fit"
+        f"{sizes[0][0]} x {sizes[0][1]}; set data.size to have all made to fit, such as "
+        f"--set 'data.size=[{side},{side}]'"
     )
 
 

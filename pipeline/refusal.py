@@ -18,6 +18,9 @@ from protos import bundle_pb2
 
 log = logging.getLogger(__name__)
 PAGE, FIGURES, CURVES = "refused.md", "refused.json", "refused.png"
+APART = 0.1  # how much more of the training rows are right where they are learnt by heart
+TIMES = 2  # the same of losses, where there is no accuracy
+LOOK = "look at the data, or at another network"
 TOOLS = ("train-export", "tensorflow", "keras", "numpy")  # that had a part in it until here
 
 
@@ -31,7 +34,7 @@ def write(
 ) -> Path:
     """Write the curves, the figures as JSON, and last the page that shows both.
 
-    The JSON has the fields of a manifest, as far as they are known, and `why` and `gate`.
+    The JSON has the fields of a manifest, as far as they are known, and `why`, `advice`, `gate`.
 
     Args:
         folder: of the run; the settings are those of its `config.json`, where there is one.
@@ -65,12 +68,47 @@ def write(
     if trained.history:
         curves.draw(trained.history, folder / CURVES, f"{data.name}, refused")
     fields = json_format.MessageToDict(known, preserving_proto_field_name=True)
-    content = {"why": list(why), "gate": asdict(gate), "model": str(trained.path), **fields}
+    told = advice(trained, classifies=data.classifies)
+    verdict = {"why": list(why), "advice": told, "gate": asdict(gate), "model": str(trained.path)}
+    content = {**verdict, **fields}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     files.write_whole(folder / FIGURES, f"{text}\n".encode())
-    page = "\n".join(_page(known, why, trained.path))
+    page = "\n".join(_page(known, why, told, trained.path))
     files.write_whole(folder / PAGE, f"{page}\n".encode())
     return folder / PAGE
+
+
+def advice(trained: Trained, *, classifies: bool) -> str:
+    """Say what is likeliest to help a model that was refused, by how its training went.
+
+    Args:
+        trained: the model.
+        classifies: it has accuracies; else its losses are compared.
+    """
+    if not trained.history:
+        return LOOK
+    last, best = trained.history[-1], trained.best_epoch
+    if best == last.number:
+        return f"the last epoch, {best}, was the best: train with more epochs, or look at the data"
+    by_heart = (
+        last.accuracy - last.validation_accuracy > APART
+        if classifies
+        else last.validation_loss > TIMES * last.loss
+    )
+    if not by_heart:
+        return f"epoch {best} of {last.number} was the best: {LOOK}"
+    figures = (
+        f"{last.accuracy:.2%} of the training rows are right and {last.validation_accuracy:.2%} of "
+        "the validation rows"
+        if classifies
+        else f"the loss is {last.loss:.4g} on training rows and {last.validation_loss:.4g} on "
+        "validation rows"
+    )
+    return (
+        f"the network learns its training rows by heart ({figures}, the best epoch was {best} of "
+        f"{last.number}): take more data, training.augmentation.*, another network or dropout, or "
+        "a lower training.learning_rate"
+    )
 
 
 def remove(folder: Path) -> None:
@@ -94,13 +132,16 @@ def _add_settings(known: bundle_pb2.BundleManifest, path: Path) -> None:
     known.training.MergeFrom(told)
 
 
-def _page(known: bundle_pb2.BundleManifest, why: Sequence[str], model: Path) -> Iterator[str]:
+def _page(
+    known: bundle_pb2.BundleManifest, why: Sequence[str], told: str, model: Path
+) -> Iterator[str]:
     yield from (
         f"# Refused: a model of {report.cell(known.dataset.name)}",
         "",
         "Nothing was published:",
     )
     yield from ("", *(f"- {report.cell(one)}" for one in why))
+    yield from ("", f"What may help: {report.cell(told)}.")
     yield from ("", f"The model is `{model}`; `{FIGURES}` has all figures.", "")
     yield from (f"- {name}: {report.cell(value)}" for name, value in report.facts(known))
     if known.training.history:

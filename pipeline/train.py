@@ -44,6 +44,11 @@ VALIDATION_BATCH_ROWS = 1000
 # What changes neither a step nor the order of steps.
 WITHOUT_EFFECT = {"fresh", "keep", "checkpoint_every_s", "tensorboard", "early_stopping"}
 FULL = "float32"
+NOT_FASTER = "nothing here is faster in 16 bits"
+ROUNDED = (
+    "products are rounded to 16 bits while training, which is faster here; validation and the "
+    "exported model are float32"
+)
 CODE = (augment, engines, feed, recipe, splits)
 
 
@@ -142,7 +147,7 @@ class _Training:
         self._feed = feed.Feed(self._splits.train, config, objective.one_hot)
         mixed = device.mixed_policy() if config.mixed_precision else None
         if config.mixed_precision:
-            log.info("training in %s", mixed or "float32: nothing here is faster in 16 bits")
+            log.info("training in %s: %s", mixed or FULL, ROUNDED if mixed else NOT_FASTER)
         spread = device.strategy()
         with spread.scope(), _precision(mixed or FULL):
             self._model = self._network()
@@ -207,6 +212,11 @@ class _Training:
         found = checkpoint.latest(self._folder, self._known)
         if found is None or found.model is None:
             raise TrainingError(f"{self._folder} lost its best epoch; train with --fresh")
+        best = checkpoint.best(history)
+        log.info(
+            "epoch %d of %d has the lowest validation loss, %.4g: its weights are kept",
+            best.number, len(history), best.validation_loss,
+        )  # fmt: skip
         parameters, multiply_adds = models.count(self._model)
         return Trained(
             path=found.model,
@@ -215,7 +225,7 @@ class _Training:
             optimizer=self._config.optimizer,
             device=computes_on,
             history=history,
-            best_epoch=checkpoint.best(history).number,
+            best_epoch=best.number,
             multiply_adds=multiply_adds,
         )
 

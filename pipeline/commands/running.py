@@ -263,8 +263,6 @@ def verify(chosen: config.Config) -> None:
         )
     source = chosen.data.source
     if source is not None:
-        if not source.exists():
-            raise ConfigError(f"{source} is not there; --data takes a folder, or an .npz")
         try:
             dataset.verify(chosen.data)
         except DatasetError as error:
@@ -320,14 +318,14 @@ def deploy(
 def _flow(**parameters: Any) -> str:  # noqa: ANN401  the flow declares them
     use_prefect()
     signal.signal(signal.SIGTERM, leave)  # Prefect hands it on to what was there before its own
-    starting = "starting TensorFlow and Prefect, about half a minute"
+    starting = "starting TensorFlow and Prefect, some twenty seconds"
     if not sys.stderr.isatty():  # which shows it meanwhile
         print(starting, file=sys.stderr)
+    errors = os.dup(2)  # the terminal's, which `quietly` holds back
     with quietly(starting):
-        import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
+        from pipeline.flow import prepare, train_export  # noqa: PLC0415  not to print the help
 
-        from pipeline.flow import shield_server, train_export  # noqa: PLC0415  not to print the help
-    shield_server()
+        prepare(errors)
     with reached():
         path: str = train_export(**parameters)
         return path

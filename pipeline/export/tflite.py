@@ -5,6 +5,9 @@ runtime reads from the front, `unzip -p model.tflite metadata.json` from the bac
 inside, input and outputs stay what they are in the SavedModel: no client has to know a scale.
 """
 
+import os
+import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ExportError
 from pipeline.export.metadata import METADATA, Metadata
 
+NOISE = b"fully_quantize: "  # how a line of the converter begins that says nothing to anybody
 INT16X8 = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
 
 
@@ -139,9 +143,28 @@ def _calibrate(converter: tf.lite.TFLiteConverter, rows: NDArray[Any]) -> None:
     converter.representative_dataset = batches
 
 
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Leave out one line of what native code writes to standard error in the block.
+
+    The converter has no switch for it. All else is passed on at the end, also if the block fails.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with os.fdopen(kept, "wb") as terminal, tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            said.seek(0)
+            terminal.writelines(line for line in said if not line.startswith(NOISE))
+
+
 def _save(converter: tf.lite.TFLiteConverter, path: Path, metadata: Metadata) -> None:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_noise():
             # It calibrates with an interpreter that it calls deprecated itself.
             warnings.simplefilter("ignore")
             content = converter.convert()

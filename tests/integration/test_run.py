@@ -75,6 +75,7 @@ def test_a_run_ends_well_with_a_table_the_bundle_and_the_two_commands(first):
         "tflite-int8", "tflite-int16x8", "onnx-float32", "onnx-float16", "onnx-int8",
         "served (gRPC)",
     ]  # fmt: skip
+    assert "fully_quantize" not in output
     assert f"bundle: {folder}/models/fashion-mnist-smoke/1" in output
     assert "serve:  serve-export serve --repository models" in output
     assert (
@@ -216,6 +217,8 @@ def test_a_model_below_the_gate_is_not_published_and_one_sentence_says_so(prefec
     assert status == 1
     assert re.fullmatch(r"error: test accuracy is \d\d\.\d\d%, the gate is 99\.00%; .*", last)
     assert "Traceback" not in output
+    assert output.count("the gate is 99.00%") == 1
+    assert output.count("has the lowest validation loss") == 1
     assert published(tmp_path) == []
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -196,7 +197,11 @@ def test_a_name_cannot_lead_out_of_the_cache(npz, tmp_path):
     ("kind", "source", "said"),
     [
         ("npz", None, "data.kind is npz, expected data.source as well"),
-        ("npz", "missing.npz", "is not there, expected the npz data"),
+        ("npz", "missing.npz", "missing.npz is not there; expected a folder of pictures, one"),
+        ("auto", "sume.npz", "sume.npz is not there; did you mean"),
+        ("fashion-mnist", "sume.npz", "some.npz?"),
+        ("auto", "zoo/x", "x is not there; expected a folder"),
+        ("auto", "a.zip", "a.zip is a file of another kind; expected a folder of pictures, one"),
         ("npz", ".", "cannot be npz data, expected a file"),
         ("pictures", "some.npz", "cannot be pictures data, expected a folder"),
         ("idx", ".", "has no file called train-images-idx"),
@@ -204,9 +209,26 @@ def test_a_name_cannot_lead_out_of_the_cache(npz, tmp_path):
     ],
 )
 def test_a_source_that_is_not_what_it_should_be_is_refused(npz, tmp_path, kind, source, said):
+    (tmp_path / "a.zip").touch()
     config = DataConfig(kind=kind, source=tmp_path / source if source else None)
 
     assert said in refusal(config, tmp_path / "cache")
+    with pytest.raises(DatasetError, match=re.escape(said)):
+        dataset.verify(config)
+
+
+def test_a_source_that_is_not_asked_for_need_not_be_there(tmp_path):
+    dataset.verify(DataConfig(kind="line", source=tmp_path / "nowhere"))
+
+
+def test_what_was_noticed_is_logged_a_line_each(npz, tmp_path, caplog):
+    prepared = dataset.prepare(DataConfig(source=npz), tmp_path / "cache")
+
+    assert dataset.told(prepared) is prepared
+
+    warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert warnings == [f"noticed in some: {one}" for one in prepared.findings]
+    assert any("5 of 5 test rows are training rows too" in one for one in warnings)
 
 
 def test_a_source_can_be_looked_at_before_anything_else(npz, idx_folder, tmp_path):

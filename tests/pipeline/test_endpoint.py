@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 
 from pipeline.endpoint import Endpoint
@@ -22,3 +24,21 @@ def test_a_host_with_a_port_is_an_address(address):
 def test_anything_else_is_refused_at_once(address):
     with pytest.raises(ConfigError, match="expected HOST:PORT with a port from 1 to 65535"):
         Endpoint(address)
+
+
+@pytest.mark.parametrize("family", ["tcp", "tcp6", "unix"])
+def test_it_is_known_whether_anybody_listens(tmp_path, family):
+    if family == "unix":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        address = f"unix:{tmp_path / 's'}"
+    else:
+        at, kind = {"tcp": ("127.0.0.1", socket.AF_INET), "tcp6": ("::1", socket.AF_INET6)}[family]
+        server = socket.create_server((at, 0), family=kind)
+        address = f"{f'[{at}]' if ':' in at else at}:{server.getsockname()[1]}"
+
+    with server:
+        assert Endpoint(address).listens()
+
+    assert not Endpoint(address).listens()

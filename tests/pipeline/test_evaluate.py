@@ -255,6 +255,7 @@ def test_a_refused_model_leaves_a_report_that_the_refusal_names(tiny_trained, sm
     )
     for page in ("refused.md", "report.html"):
         assert "test accuracy is" in (folder / page).read_text()
+        assert "hat may help: look at the data" in (folder / page).read_text()
     assert "The most confident mistakes" in (folder / "report.html").read_text()
 
     evaluate.score(tiny_trained(), small, ANY, folder=folder)
@@ -266,7 +267,7 @@ def test_a_report_that_cannot_be_written_hides_no_refusal(tiny_trained, small, t
     folder.mkdir()
     (folder / ".refused.json.partial").mkdir()
 
-    with pytest.raises(EvaluationError, match="nothing is published: train longer"):
+    with pytest.raises(EvaluationError, match="nothing is published; look at the data"):
         evaluate.score(
             tiny_trained(striped=30), small, GateConfig(min_accuracy=0.99), folder=folder
         )

@@ -70,9 +70,26 @@ def test_the_first_picture_of_another_size_is_named_with_the_way_out(folder):
     said = refusal(folder)
 
     assert "x.png is 5 x 9 (height x width), those before it are 4 x 6" in said
-    assert "set data.size, such as data.size=[4,6]" in said
+    assert "set data.size to have all made to fit, such as --set 'data.size=[16,16]'" in said
     assert "y.png" not in said
     assert picture_folder.read(folder, DataConfig(size=(5, 9))).train.inputs.shape[1:] == (5, 9, 1)
+
+
+@pytest.mark.parametrize(("side", "suggested"), [(2, 16), (45, 48), (64, 64), (300, 128)])
+def test_the_size_that_is_suggested_suits_the_pictures(folder, side, suggested):
+    for number in range(9):
+        save(folder / "light" / f"big{number}.png", size=(side + number % 2, side))
+
+    assert f"data.size=[{suggested},{suggested}]" in refusal(folder)
+
+
+def test_a_first_look_reads_every_picture_if_they_are_few_and_small(folder):
+    for number in range(300):
+        save(folder / "light" / f"{number:03}.png")
+    (folder / "light" / "211.png").write_bytes(b"no picture")
+
+    with pytest.raises(DatasetError, match=r"211\.png is not a PNG or JPEG picture"):
+        picture_folder.verify(folder, DataConfig())
 
 
 def test_a_look_at_a_few_pictures_finds_another_size_or_a_class_without_any(folder):

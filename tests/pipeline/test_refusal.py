@@ -67,6 +67,39 @@ def test_the_page_says_why_and_has_every_figure_and_the_curves(write):
         assert one in page
 
 
+def history(*epochs):
+    return tuple(
+        Epoch(number, loss, accuracy, validation_loss, validation_accuracy, seconds=1.0)
+        for number, (loss, accuracy, validation_loss, validation_accuracy) in enumerate(epochs, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("epochs", "best", "advice"),
+    [
+        ([(1.5, 0.3, 1.55, 0.25), (0.1, 1.0, 5.0, 0.38)], 1, "learns its training rows by heart"),
+        ([(1.5, 0.3, 1.4, 0.4), (0.1, 1.0, 1.2, 0.5)], 2, "train with more epochs"),
+        ([(1.5, 0.3, 1.4, 0.4), (1.4, 0.35, 1.5, 0.38)], 1, "epoch 1 of 2 was the best: look at"),
+        ([], 1, "look at the data"),
+    ],
+)
+def test_the_advice_follows_from_the_history(write, learnt, epochs, best, advice):
+    trained = replace(learnt, history=history(*epochs), best_epoch=best)
+
+    assert advice in refusal.advice(trained, classifies=True)
+    assert f"What may help: {refusal.advice(trained, classifies=True)}." in (
+        write(trained=trained).read_text()
+    )
+
+
+def test_a_model_without_classes_has_its_losses_compared(learnt):
+    heart = replace(learnt, history=history((1, 0, 0.9, 0), (0.1, 0, 2.5, 0)), best_epoch=1)
+    other = replace(learnt, history=history((1, 0, 0.9, 0), (0.9, 0, 1.1, 0)), best_epoch=1)
+
+    assert "0.1 on training rows and 2.5 on" in refusal.advice(heart, classifies=False)
+    assert "look at the data" in refusal.advice(other, classifies=False)
+
+
 def test_the_picture_is_whole(write):
     with Image.open(write().with_name("refused.png")) as image:
         image.load()
@@ -77,6 +110,7 @@ def test_the_json_has_why_the_gate_and_the_fields_of_a_manifest(write, learnt):
     content = json.loads(write().with_name("refused.json").read_text())
 
     assert content.pop("why") == WHY
+    assert content.pop("advice").startswith("the last epoch, 2, was the best")
     assert content.pop("gate") == {
         "min_accuracy": 0.9, "max_loss": None, "champion": True, "champion_p": 0.05,
     }  # fmt: skip

@@ -202,6 +202,11 @@ def test_a_finished_run_is_not_trained_again_and_the_log_says_so(few, undisturbe
 
     assert again == undisturbed
     assert "nothing to train" in caplog.text
+    best = min(again.history, key=lambda epoch: epoch.validation_loss)
+    assert (
+        f"epoch {best.number} of 3 has the lowest validation loss, {best.validation_loss:.4g}: its "
+        "weights are kept" in caplog.text
+    )
 
 
 def test_fewer_epochs_than_there_are_do_not_pass_for_what_was_asked_for(few, undisturbed):
@@ -282,8 +287,9 @@ def test_averaged_weights_are_validated_and_exported_but_not_trained_on(few, tmp
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_a_model_trained_in_mixed_precision_is_validated_and_saved_in_float32(
-    few, tmp_path, monkeypatch, policy
+    few, tmp_path, monkeypatch, caplog, policy
 ):
+    caplog.set_level("INFO")
     monkeypatch.setattr(device, "mixed_policy", lambda: policy)
     trained = train.fit(few, replace(CONFIG, epochs=1, mixed_precision=True), tmp_path)
     model = keras.models.load_model(trained.path)
@@ -294,6 +300,7 @@ def test_a_model_trained_in_mixed_precision_is_validated_and_saved_in_float32(
     right = model.predict(split.inputs, verbose=0).argmax(axis=1) == split.targets
     assert trained.history[0].validation_accuracy == right.mean()
     assert keras.config.dtype_policy().name == "float32"
+    assert f"training in {policy}: products are rounded to 16 bits while training" in caplog.text
 
 
 def test_mixed_precision_is_left_out_where_nothing_is_faster_in_it(

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -132,3 +133,21 @@ def test_an_operator_that_tflite_does_not_have_is_refused_in_a_sentence(tmp_path
     with pytest.raises(ExportError, match="TFLite cannot hold this model"):
         tflite.write(tmp_path / "odd", tmp_path / "odd.tflite", Metadata({}))
     assert not (tmp_path / "odd.tflite").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_converters_idle_line_is_left_out_and_all_else_is_passed_on(capfd, fails):
+    def write():
+        with tflite.without_noise():
+            os.write(2, b"before\nfully_quantize: 0, inference_type: 6, input: FLOAT32\nafter\n")
+            if fails:
+                raise ExportError("it failed")
+
+    if fails:
+        with pytest.raises(ExportError):
+            write()
+    else:
+        write()
+
+    os.write(2, b"later\n")
+    assert capfd.readouterr().err.split("\n") == ["before", "after", "later", ""]
