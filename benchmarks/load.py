@@ -43,6 +43,10 @@ class Load:
     connections: int
     streams: int = 1  # requests in flight on each
 
+    def over(self, *, http2: bool) -> "Load":
+        """Return the same number in flight as a protocol can have it: HTTP/1.1 has no streams."""
+        return self if http2 else Load(self.connections * self.streams)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

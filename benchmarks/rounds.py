@@ -128,16 +128,17 @@ def ask_in_turn(  # noqa: PLR0913  what is asked, of whom, how often, and where 
     for case in cases:
         for server in servers:
             request = server.request(made.images[: case.rows], made.expected[: case.rows])
-            count = load.requests_for(request, case.load, seconds, server.pid)
-            plans.append((server, case, request, count))
+            asked = case.load.over(http2=server.contender.http2)
+            count = load.requests_for(request, asked, seconds, server.pid)
+            plans.append((server, case, request, asked, count))
         progress.advance(task)
     task = progress.add_task("rounds", total=rounds * len(cases))
     for _ in range(rounds):
         for case in cases:
             turn = [plan for plan in plans if plan[1] == case]
             rng.shuffle(turn)
-            for server, _, request, count in turn:
-                once = partial(load.run, request, case.load, count, server.pid)
+            for server, _, request, asked, count in turn:
+                once = partial(load.run, request, asked, count, server.pid)
                 outcome = made.steady.measure(once)
                 found.outcomes.setdefault((server.contender.name, case.name), []).append(outcome)
             progress.advance(task)

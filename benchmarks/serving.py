@@ -43,13 +43,14 @@ WITHOUT_BATCHES = "ours, native, without batching"
 CASES = (
     Case("1 image, 1 in flight", 1, Load(1)),
     Case("1 image, 8 in flight", 1, Load(8)),
-    Case("1 image, 64 in flight", 1, Load(64)),
+    Case("1 image, 64 in flight", 1, Load(1, 64)),  # on one connection, as a channel of gRPC
     Case("1 image, 64 in flight over 8 connections", 1, Load(8, 8)),
+    Case("1 image, 64 in flight over 64 connections", 1, Load(64)),
     Case("32 images, 4 in flight", 32, Load(4)),
     Case("128 images, 1 in flight", 128, Load(1)),
     Case("128 images, 4 in flight", 128, Load(4)),
 )
-ONE, _, MANY, SHARED, _, _, BATCH = CASES
+ONE, _, MANY, SHARED, SINGLY, _, _, BATCH = CASES
 
 
 def main(
@@ -133,6 +134,7 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
         rounds.ask_in_turn(started, (ONE,), made, paired, pairs, progress, seconds=PAIRED_SECONDS)
     claimed = [
         *claims.of_serving(found, one=ONE, many=MANY, shared=SHARED, batch=BATCH),
+        claims.ratio(found, NATIVE, NAIVE_AIO, SINGLY, claims.RATE, 10, at_least=True),
         claims.of_batching(paired, ONE, NATIVE, WITHOUT_BATCHES),
     ]
     return found, claimed
