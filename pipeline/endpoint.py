@@ -53,7 +53,7 @@ class Endpoint:
             else:
                 host, _, port = self.address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
-        except OSError:
+        except (OSError, ValueError):  # which a name that cannot be one is
             return False
         return True
 

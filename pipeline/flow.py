@@ -9,11 +9,12 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 from prefect import flow, runtime
@@ -26,6 +27,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.server.api import server as prefect_server
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
 from prefect.states import AwaitingRetry
@@ -170,24 +172,33 @@ def train_export(  # noqa: PLR0913  one parameter an option of the deployment
 def prepare(errors: int) -> None:
     """Import TensorFlow and every stage while Prefect's temporary server starts, if it needs one.
 
-    Both take ten seconds. What goes wrong with the server is told by the flow, which tries again.
+    Both take ten seconds.
 
     Args:
         errors: descriptor that the server writes its errors to, as long as it runs.
+
+    Raises:
+        RuntimeError: the server does not start; none is left behind.
     """
     shield_server(errors)
-    starting = Thread(target=_start_server, daemon=True)
+    failed: list[Exception] = []
+    starting = Thread(target=_start_server, args=(failed,), daemon=True)
     if not PREFECT_API_URL.value() and PREFECT_SERVER_EPHEMERAL_ENABLED.value():
         starting.start()
     for name in ("tensorflow", *(f"pipeline.{stage}" for stage in STAGES)):
         import_module(name)
     if starting.ident:
         starting.join()  # to Prefect it runs from the first moment
+    for error in failed:
+        raise error
 
 
-def _start_server() -> None:
-    with suppress(Exception):
+def _start_server(failed: list[Exception]) -> None:
+    try:
         SubprocessASGIServer().start()
+    except Exception as error:  # noqa: BLE001  raised again where it is waited for
+        failed.append(error)
+        SubprocessASGIServer().stop()
 
 
 def shield_server(errors: int | None = None) -> None:
@@ -210,13 +221,16 @@ def shield_server(errors: int | None = None) -> None:
         if isinstance(handler, PrefectConsoleHandler):
             handler.addFilter(shorten)
 
+    popen = partial(subprocess.Popen, start_new_session=True, stderr=errors)
+    # Prefect's module alone: others are imported meanwhile.
+    apart = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+
     def start(server: SubprocessASGIServer) -> Any:  # noqa: ANN401  as Prefect has it
-        popen = subprocess.Popen
-        subprocess.Popen = partial(popen, start_new_session=True, stderr=errors)  # type: ignore[misc, assignment]
+        vars(prefect_server)["subprocess"] = apart
         try:
             return stock(server)
         finally:
-            subprocess.Popen = popen  # type: ignore[misc]
+            vars(prefect_server)["subprocess"] = subprocess
 
     start.apart = True  # type: ignore[attr-defined]
     SubprocessASGIServer._run_uvicorn_command = start  # type: ignore[method-assign, assignment]

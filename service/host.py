@@ -9,6 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -40,8 +41,10 @@ class Processor:
 
 def gpus(root: Path = ROOT) -> list[str]:
     """Return the names of NVIDIA's devices, as their driver tells them; none without it."""
-    told = sorted(root.glob("proc/driver/nvidia/gpus/*/information"))
-    lines = (line for path in told for line in path.read_text().splitlines())
+    lines: list[str] = []
+    with suppress(OSError):  # a name is not worth a refusal
+        for path in sorted(root.glob("proc/driver/nvidia/gpus/*/information")):
+            lines += path.read_text().splitlines()
     return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
 
 

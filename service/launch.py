@@ -6,6 +6,7 @@ serves.
 
 import gc
 import os
+import signal
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -69,6 +70,8 @@ def work(settings: Settings, *, index: int, statistics: Path) -> None:
 
 def _prepare(settings: Settings) -> None:
     """Set up what a server process needs before it imports the rest."""
+    # An ignored SIGCHLD, which a parent may leave behind, would hide how a trial has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.disable()  # until everything is imported: it would look through it again and again
     logs.configure(settings.log_format)
     host.keep_memory_steady()
@@ -94,7 +97,9 @@ def _trials(settings: Settings) -> Trials:
     if settings.model_control == "poll":
         from service import candidate  # noqa: PLC0415  numpy and onnxruntime
 
-        trials.prepare(candidate.main)
+        # A fork would have the tokens that the environment holds; a new process is not given them.
+        secret = TOKEN in os.environ or ADMIN_TOKEN in os.environ
+        trials.prepare(None if secret else candidate.main)
     return trials
 
 

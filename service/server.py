@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from service import host, model_config, version
 from service.access import Access
-from service.errors import AddressError, RepositoryError
+from service.errors import RepositoryError
 from service.front import choice
 from service.live import LiveStore
 from service.model_config import ModelOptions
@@ -41,7 +41,7 @@ MAX_QUIET_S = 1.0  # clients that go on calling are not waited for any longer
 TICK_S = 0.01
 TIDY_S = 15.0
 MESSAGE_SLACK_BYTES = 4096  # of a message, for what goes with its rows
-LOADING_S = 5.0  # most models are loaded by then
+LOADING_S = 30.0  # as good as any model is loaded by then
 KEEPER_S = 1.0  # for who watches the folder to notice that it is over
 KILLED = 128  # and the signal's number: what a shell calls a process that a signal ended
 
@@ -119,7 +119,8 @@ class _Server:
         early = self._settings.model_control == "poll" and not self._late
         if early:
             keeper.start()
-        self._edge = self._made_edge()
+        async with self._let_loading_end():
+            self._edge = self._made_edge()
         _keep_what_is_imported()
         if self._late:
             await self._load_first()
@@ -143,23 +144,25 @@ class _Server:
 
     async def _listen(self) -> str:
         """Take the addresses; return the one of gRPC."""
-        try:
+        async with self._let_loading_end():
             address = await self._edge.front.start()
             metrics = self._edge.metrics and self._edge.metrics.start()
-        except AddressError:
-            await self._let_loading_end()
-            raise
         if metrics:
             log.info("metrics on http://%s/metrics", metrics)
         self._repository.watch(lambda: self._show_health(address))
         return address
 
-    async def _let_loading_end(self) -> None:
-        """Wait a while, so that the process does not end while native code of it loads a model."""
-        self._over.set()
-        until_s = time.monotonic() + LOADING_S
-        while self._repository.is_changing() and time.monotonic() < until_s:  # noqa: ASYNC110
-            await asyncio.sleep(TICK_S)
+    @asynccontextmanager
+    async def _let_loading_end(self) -> AsyncIterator[None]:
+        """Where this fails, wait: the process must not end while its native code loads a model."""
+        try:
+            yield
+        except Exception:
+            self._over.set()
+            until_s = time.monotonic() + LOADING_S
+            while self._repository.is_changing() and time.monotonic() < until_s:  # noqa: ASYNC110
+                await asyncio.sleep(TICK_S)
+            raise
 
     async def _stop(self) -> None:
         """End everything that was started, whether or not it was."""

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Self, TypeAlias, cast
 
@@ -32,6 +33,7 @@ ENVIRONMENT = re.compile(
     r"|COVERAGE_.*"  # so that what it runs is counted where this is tested
 )
 TASKS = Path("/proc/self/task")
+MAX_DESCRIPTORS = 1 << 20  # more than a process may have open
 
 
 class Fork:
@@ -46,7 +48,7 @@ class Fork:
         theirs, ours, back, their_back = map(_beyond_standard, (*os.pipe(), *os.pipe()))
         self.pid = os.fork()
         if not self.pid:
-            _be_child(main, theirs, their_back, (ours, back))
+            _be_child(main, theirs, their_back)
         os.close(theirs)
         os.close(their_back)
         self.stdin: IO[bytes] = os.fdopen(ours, "wb", buffering=0)
@@ -99,17 +101,20 @@ class Trials:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def prepare(self, candidate: Callable[[Sequence[str]], int]) -> None:
+    def prepare(self, candidate: Callable[[Sequence[str]], int] | None) -> None:
         """Fork the process for the next trial, if this one has no other thread; else start one.
 
         It ends with the thread that calls this.
 
         Args:
-            candidate: `service.candidate.main`, imported with all that it needs.
+            candidate: `service.candidate.main`, imported with all that it needs; None: do not fork.
         """
         parent = str(os.getpid())
         alone = TASKS.is_dir() and len(list(TASKS.iterdir())) == 1
-        self._waiting = Fork(lambda: candidate([parent])) if alone else _start()
+        if candidate is None or not alone:
+            self._waiting = _start()
+        else:
+            self._waiting = Fork(partial(candidate, [parent]))
 
     def run(
         self,
@@ -196,15 +201,14 @@ def _beyond_standard(number: int) -> int:
     return moved
 
 
-def _be_child(main: Callable[[], int], stdin: int, stdout: int, others: Sequence[int]) -> None:
+def _be_child(main: Callable[[], int], stdin: int, stdout: int) -> None:
     """Be the copy: run a function, and end without anything that the original would still do."""
     status = 1
     try:
         os.setsid()  # an interrupt from the terminal is for the server
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
-        for number in (stdin, stdout, *others):
-            os.close(number)
+        os.closerange(3, MAX_DESCRIPTORS)
         for name in list(os.environ):
             if not ENVIRONMENT.fullmatch(name):
                 del os.environ[name]

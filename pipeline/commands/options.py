@@ -1,6 +1,7 @@
 """Options that several commands have, what they mean, and how a shell completes their values."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Under which headings the help of commands with many options lists them.
 LEARN, TRAIN, PUBLISH = "What to learn from", "How to train", "What to publish"
 PAIR, WHERE, CONNECTION = "Any two model files", "Where it runs", "Connection"
+PUBLISHED = re.compile(r"[^/]+/[0-9]+")  # NAME/VERSION
 MANIFEST = "manifest.json"  # as service.bundle has it, which takes numpy to import
 VARIANTS = (  # of pipeline.export, which takes TensorFlow to import
     "saved-model", "tflite-float32", "tflite-float16", "tflite-dynamic-range", "tflite-int8",
@@ -66,7 +68,7 @@ def folder_of(text: str, models: Path) -> Path:
     """Return a bundle's folder.
 
     Args:
-        text: a path, or NAME/VERSION.
+        text: NAME/VERSION, which is looked for in `models` first, or a path.
         models: the folder that has NAME/VERSION.
 
     Raises:
@@ -74,13 +76,29 @@ def folder_of(text: str, models: Path) -> Path:
     """
     if not text:
         raise UsageError("the bundle's name is empty, expected NAME/VERSION or a path")
-    for path in (Path(text), models / text):
+    places = [Path(text), models / text]
+    for path in reversed(places) if PUBLISHED.fullmatch(text) else places:
         if (path / MANIFEST).is_file():
             return path.resolve()
     raise UsageError(
         f"there is no bundle {text}, neither a path nor in {models}; train-export status lists "
         "what is published"
     )
+
+
+def published(name: str, version: int, models: Path) -> Path:
+    """Return the folder of a version in `models`, and nowhere else.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    path = models / name / str(version)
+    if not (path / MANIFEST).is_file():
+        raise UsageError(
+            f"there is no version {version} of {name} in {models}; train-export status lists what "
+            "is published"
+        )
+    return path.resolve()
 
 
 def servers(

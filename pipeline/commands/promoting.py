@@ -15,7 +15,7 @@ from pipeline.commands.options import (
     TokenFile,
     UseTls,
     Version,
-    folder_of,
+    published,
     servers,
 )
 from pipeline.commands.terminal import log_plainly, print_json, quietly, sentences
@@ -53,7 +53,7 @@ def promote(  # noqa: PLR0913  one parameter an option
     with sentences(f"stopped; {models / name}/aliases.json says what the champion is"):
         home = status.home(models, name)
         asked = servers(endpoint, tls, tls_ca, token_file)
-        path = folder_of(f"{home.name}/{version}", models)
+        path = published(home.name, version, models)
         with quietly():
             import tensorflow  # noqa: F401, PLC0415  it writes a few lines of its own
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, Models, Name, Version, folder_of
+from pipeline.commands.options import AsJson, Models, Name, Version, published
 from pipeline.commands.terminal import log_plainly, print_json, quietly, sentences
 from pipeline.errors import UsageError
 from service import command_line
@@ -45,7 +45,7 @@ def push(
         from pipeline import push  # noqa: PLC0415  not to print the help
         from service import aliases  # noqa: PLC0415
     with sentences("stopped; the same command goes on"):
-        store, path = connect(to), folder_of(f"{name}/{version}", models)
+        store, path = connect(to), published(name, version, models)
         if alias and not aliases.ALIAS.fullmatch(alias):
             raise UsageError(f"{alias!r} is not an alias; expected lower-case letters and digits")
         with command_line.progress("pushing") as show:

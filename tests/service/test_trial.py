@@ -399,18 +399,53 @@ def test_fork_works_where_standard_input_and_output_are_closed(make_bundle, tmp_
     assert told.read_text() == "passed"
 
 
-def test_fork_keeps_nothing_of_the_environment_that_it_does_not_need(monkeypatch):
-    monkeypatch.setenv("SERVE_EXPORT_TOKEN", "secret")
+def test_fork_keeps_nothing_that_it_does_not_need(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_KEY", "secret")
     script = (
-        "import os; from service.trial import Fork\n"
-        "def show():\n    os.write(1, repr(sorted(os.environ)).encode()); return 0\n"
+        f"import os; kept = open({str(tmp_path / 'kept')!r}, 'w')\n"
+        "from service.trial import Fork\n"
+        "def show():\n"
+        "    files = [os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')[:-1]]\n"
+        "    os.write(1, repr([*os.environ, *files]).encode()); return 0\n"
         "with Fork(show) as fork:\n    print(fork.stdout.read().decode())\n"
     )
 
     (said,) = forked(script=script)
 
     assert "PATH" in said
-    assert "TOKEN" not in said
+    assert "pipe:" in said
+    assert "SOME_KEY" not in said
+    assert "kept" not in said
+
+
+@pytest.mark.parametrize("name", ["SERVE_EXPORT_TOKEN", "SERVE_EXPORT_ADMIN_TOKEN"])
+def test_trial_is_a_fork_unless_the_environment_has_a_token(monkeypatch, tmp_path, name):
+    script = (
+        "from pathlib import Path; from service import launch\n"
+        "from service.settings import Settings\n"
+        "settings = Settings(repository=Path('.')); launch._prepare(settings)\n"
+        "with launch._trials(settings) as trials:\n"
+        "    print(type(trials._waiting).__name__, trials._waiting.pid)\n"
+        "    told = Path(f'/proc/{trials._waiting.pid}/environ').read_bytes()\n"
+        "    print(b'sesame' in told)\n"
+    )
+
+    assert forked(script=script)[0].startswith("Fork ")
+    monkeypatch.setenv(name, "open-sesame-12345")
+    kind, told = forked(script=script)
+    assert kind.startswith("Popen ")
+    assert told == "False"
+
+
+def test_trial_is_known_to_have_ended_where_signals_of_children_are_ignored(make_bundle):
+    script = (
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "from pathlib import Path; from service import launch\n"
+        "from service.settings import Settings\n"
+        "launch._prepare(Settings(repository=Path('.')))\n"
+    )
+
+    assert forked(make_bundle(), script=script + FORKED) == ["passed"]
 
 
 def test_fork_that_fails_by_itself_says_why_and_runs_nothing_of_its_origin():

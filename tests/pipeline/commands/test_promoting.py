@@ -26,13 +26,16 @@ def test_an_endpoint_that_is_none_is_refused_before_anything_is_read(tmp_path, e
     assert "expected HOST:PORT with a port from 1 to 65535" in shown.output
 
 
-def test_a_version_that_is_not_there_is_status_2_before_anything_is_asked(tmp_path):
+def test_a_version_that_is_not_there_is_status_2_before_anything_is_asked(
+    make_bundle, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(make_bundle(tmp_path / "elsewhere", version=7).parents[1])
     words = ["promote", "tiny", "7", "--endpoint", "h:1", "--models", str(tmp_path)]
 
     shown = runner.invoke(app, words)
 
     assert shown.exit_code == 2
-    assert "there is no bundle tiny/7, neither a path nor in" in shown.stderr
+    assert "there is no version 7 of tiny in" in shown.stderr
 
 
 def test_rollback_as_json_says_what_the_champion_is_and_was(make_bundle):

@@ -43,7 +43,7 @@ def test_what_was_pushed_is_printed_as_json(push):
     [
         (("--to", "ftp://host/models"), "is not an address of bundles"),
         (("--alias", "A b"), "'A b' is not an alias"),
-        (("--models", "nowhere"), "there is no bundle tiny/1, neither a path nor in nowhere"),
+        (("--models", "nowhere"), "there is no version 1 of tiny in nowhere"),
     ],
 )
 def test_a_mistake_in_what_was_typed_is_one_sentence_and_status_2_and_nothing_is_pushed(

@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import __main__ as command
+from pipeline.commands import options
 
 runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -100,3 +101,14 @@ def test_an_empty_name_is_refused_in_one_sentence(models):
 
     assert done.exit_code == 2
     assert "the bundle's name is empty, expected NAME/VERSION or a path" in done.stderr
+
+
+def test_name_and_version_are_looked_for_where_the_models_are_before_here(
+    make_bundle, monkeypatch, tmp_path
+):
+    there, here = make_bundle(tmp_path / "models"), make_bundle(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+
+    assert options.folder_of("tiny/1", tmp_path / "models") == there
+    assert options.folder_of("./tiny/1", tmp_path / "models") == here
+    assert options.folder_of("tiny/1", tmp_path / "none") == here
