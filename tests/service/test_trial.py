@@ -405,7 +405,8 @@ def test_fork_keeps_nothing_that_it_does_not_need(monkeypatch, tmp_path):
         f"import os; kept = open({str(tmp_path / 'kept')!r}, 'w')\n"
         "from service.trial import Fork\n"
         "def show():\n"
-        "    files = [os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')[:-1]]\n"
+        "    own = '/proc/self/fd/'\n"
+        "    files = [os.readlink(own + name) for name in os.listdir(own)[:-1]]\n"
         "    os.write(1, repr([*os.environ, *files]).encode()); return 0\n"
         "with Fork(show) as fork:\n    print(fork.stdout.read().decode())\n"
     )
