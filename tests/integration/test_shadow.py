@@ -49,7 +49,7 @@ def remembered(self, model, options, **more):
 def swapped(self, batch):
     if self.known is not None and broken.exists():
         (model, options, more), self.known = self.known, None
-        self._session = session.Session(damaged(model), options, **more)._session
+        self._sessions = session.Session(damaged(model), options, **more)._sessions
     return call(self, batch)
 session.Session.__init__, session.Session._call = remembered, swapped
 broken, sys.argv = Path(sys.argv[1]), ["serve-export", *sys.argv[2:]]

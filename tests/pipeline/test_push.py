@@ -14,6 +14,7 @@ from pipeline import push
 from pipeline.__main__ import app
 from pipeline.errors import PublishError
 from service import bundle, remote
+from service.command_line import size as shown_size
 from service.errors import BundleError
 from service.mirror import Mirror
 
@@ -291,12 +292,12 @@ def test_command_pushes_and_says_what_came_of_it(make_bundle, store_folder):
 
     first = run("1", "--to", store_folder.url)
     second = run("1", "--to", store_folder.url, "--alias", "champion")
-    size = sum((made / name).stat().st_size for name in ("model.onnx", "golden.npz"))
+    size = shown_size(sum((made / name).stat().st_size for name in ("model.onnx", "golden.npz")))
 
     url = f"{store_folder.url}/tiny/1"
-    assert first.stdout == f"pushed: {url}\nfiles: 2, {size:,} bytes\n"
+    assert first.stdout == f"pushed: {url}\nfiles: 2, {size}\n"
     assert second.stdout == (
-        f"already there: {url}\nfiles: 2, {size:,} bytes\nchampion: tiny 1 (was not set)\n"
+        f"already there: {url}\nfiles: 2, {size}\nchampion: tiny 1 (was not set)\n"
     )
     assert run("2", "--to", store_folder.url).exit_code == 1
     assert run("1", "--to", "models").exit_code == 1
