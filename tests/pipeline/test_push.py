@@ -299,5 +299,5 @@ def test_command_pushes_and_says_what_came_of_it(make_bundle, store_folder):
     assert second.stdout == (
         f"already there: {url}\nfiles: 2, {size}\nchampion: tiny 1 (was not set)\n"
     )
-    assert run("2", "--to", store_folder.url).exit_code == 1
-    assert run("1", "--to", "models").exit_code == 1
+    assert run("2", "--to", store_folder.url).exit_code == 2
+    assert run("1", "--to", "models").exit_code == 2
