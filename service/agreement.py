@@ -505,7 +505,8 @@ def _failure(report: bundle_pb2.ParityReport, hostile: tuple[float, float]) -> s
     apart = judged(report)
     if not apart <= limit:
         which = "99.9th percentile of |Δlogit|" if is_int8 else "max |Δlogit|"
-        return f"{which} is {apart:.3g}, over {name}"
+        least = "at least " if is_int8 and apart != report.logits.p999 else ""
+        return f"{which} is {least}{apart:.3g}, over {name}"
     if report.HasField("hostile") and not is_int8 and not hostile[0] <= hostile[1]:
         name = f"the {report.budget.precision} budget of {hostile[1]:.3g}"
         return f"max |Δlogit| on hostile inputs is {hostile[0]:.3g}, over {name}"

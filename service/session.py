@@ -164,18 +164,14 @@ class Session:
             raise ModelError(f"the outputs for rows of one batch differ: {error}") from error
 
     def _call(self, batch: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
+        if not self._sizes:
+            return self._answers(self._sessions[0], batch)
         rows = len(batch)
-        if self._sizes:
-            return {name: array[:rows] for name, array in self._call_filled(batch).items()}
-        return self._answers(self._sessions[0], batch)
-
-    def _call_filled(self, batch: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
-        """Answer rows, and as many copies of the last one as make a number that there is."""
-        place = bisect_left(self._sizes, len(batch))
-        missing = self._sizes[place] - len(batch)
-        if missing:
+        place = bisect_left(self._sizes, rows)
+        if missing := self._sizes[place] - rows:  # filled up with copies of the last row
             batch = np.concatenate((batch, np.repeat(batch[-1:], missing, axis=0)))
-        return self._answers(self._sessions[place], batch)
+        answers = self._answers(self._sessions[place], batch)
+        return {name: array[:rows] for name, array in answers.items()}
 
     def _answers(
         self, session: onnxruntime.InferenceSession, batch: NDArray[np.generic]

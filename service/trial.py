@@ -139,7 +139,7 @@ class Trials:
         Raises:
             BundleError: the bundle was refused, or its process crashed or did not end in time.
         """
-        from service import bundle  # noqa: PLC0415  numpy, which who only forks need not import
+        from service import bundle  # noqa: PLC0415  numpy, which takes a while
 
         shown = bundle.shown(path)
         job = json.dumps([str(path), threads, max_batch_rows, list(providers)]).encode()
