@@ -22,6 +22,7 @@ INSTALL = "install it with: apt-get install nghttp2-client"
 FINISHED = re.compile(r"finished in [\d.]+\w+, ([\d.]+) req/s")
 COUNTED = re.compile(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout")
 DATA = re.compile(r"traffic: .*, [\d.]+\w* \((\d+)\) data")
+LOGGED = 4  # a request in so many is asked again for how long it takes
 CPU_CLOCK = 2  # of a process: CPUCLOCK_SCHED, which clock_getcpuclockid(3) makes from its number
 
 
@@ -72,43 +73,64 @@ def check_installed() -> None:
 def run(request: Request, load: Load, requests: int, server_pid: int) -> Outcome:
     """Ask so many times, and return what came of it.
 
+    How long each answer took is found out by a quarter as many requests more: h2load writes a line
+    for each, which slows down whoever is asked with the same cores.
+
     Raises:
-        SystemExit: a request failed, or was answered with something else.
+        SystemExit: as `ask`.
     """
+    before, client_before = cpu_seconds(server_pid), os.times()
+    rate = ask(request, load, requests)
+    client_after, after = os.times(), cpu_seconds(server_pid)
     with tempfile.TemporaryDirectory() as folder:
-        body, log = Path(folder, "body"), Path(folder, "log")
-        body.write_bytes(request.body)
-        command = [GENERATOR, "--threads=1", f"--requests={requests}", f"--data={body}"]
-        command += [f"--clients={load.connections}", f"--max-concurrent-streams={load.streams}"]
-        command += [f"--header={name}: {value}" for name, value in request.headers]
-        command += [f"--log-file={log}", request.url]
-        if not request.http2:
-            command.insert(1, "--h1")
-        before = cpu_seconds(server_pid)
-        client_before = os.times()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        client_after = os.times()
-        after = cpu_seconds(server_pid)
-        printed = done.stdout
-        counted, data = COUNTED.search(printed), DATA.search(printed)
-        rate = FINISHED.search(printed)
-        if not (counted and data and rate):
-            raise SystemExit(f"error: {GENERATOR} failed: {printed}{done.stderr}")
-        good, *bad = map(int, counted.groups())
-        if good != requests or any(bad) or int(data[1]) != requests * request.answer_bytes:
-            raise SystemExit(
-                f"error: of {requests} requests to {request.url} {good} succeeded, with "
-                f"{data[1]} bytes, expected {request.answer_bytes} each:\n{printed}"
-            )
+        log = Path(folder, "log")
+        logged = max(load.connections * load.streams, requests // LOGGED)
+        ask(request, load, logged, f"--log-file={log}")
         took_us = np.loadtxt(log, usecols=2)  # start, status, duration: microseconds
     client_s = sum(client_after[2:4]) - sum(client_before[2:4])
     return Outcome(
-        requests_per_second=float(rate[1]),
+        requests_per_second=rate,
         p50_ms=float(np.percentile(took_us, 50)) / 1e3,
         p99_ms=float(np.percentile(took_us, 99)) / 1e3,
         server_cpu_ms=(after - before) / requests * 1e3,
         client_cpu_ms=client_s / requests * 1e3,
     )
+
+
+def ask(request: Request, load: Load, requests: int, *options: str) -> float:
+    """Ask so many times and return how many answers came a second.
+
+    Args:
+        request: what.
+        load: how many at a time.
+        requests: how many.
+        options: of h2load, beyond those.
+
+    Raises:
+        SystemExit: a request failed, or was answered with something else.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        body = Path(folder, "body")
+        body.write_bytes(request.body)
+        command = [GENERATOR, "--threads=1", f"--requests={requests}", f"--data={body}", *options]
+        command += [f"--clients={load.connections}", f"--max-concurrent-streams={load.streams}"]
+        command += [f"--header={name}: {value}" for name, value in request.headers]
+        if not request.http2:
+            command.append("--h1")
+        command.append(request.url)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    printed = done.stdout
+    counted, data = COUNTED.search(printed), DATA.search(printed)
+    rate = FINISHED.search(printed)
+    if not (counted and data and rate):
+        raise SystemExit(f"error: {GENERATOR} failed: {printed}{done.stderr}")
+    good, *bad = map(int, counted.groups())
+    if good != requests or any(bad) or int(data[1]) != requests * request.answer_bytes:
+        raise SystemExit(
+            f"error: of {requests} requests to {request.url} {good} succeeded, with "
+            f"{data[1]} bytes, expected {request.answer_bytes} each:\n{printed}"
+        )
+    return float(rate[1])
 
 
 def requests_for(request: Request, load: Load, seconds: float, server_pid: int) -> int:

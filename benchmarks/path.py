@@ -63,7 +63,7 @@ def main() -> None:
             count = load.requests_for(request, IN_FLIGHT, SECONDS, server.pid)
             for _ in range(ROUNDS):
                 before = _threads(server.pid), _executions(server.port)
-                load.run(request, IN_FLIGHT, count, server.pid)
+                load.ask(request, IN_FLIGHT, count)
                 after = _threads(server.pid), _executions(server.port)
                 took = {name: (after[0][name] - before[0][name]) / count * US for name in after[0]}
                 rounds.append((took, count / (after[1] - before[1])))

@@ -93,7 +93,11 @@ def flatten_planes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fuse_gemms(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Write a product of matrices and the addition of a bias as one operator."""
+    """Write a product of matrices and the addition of a bias as one operator.
+
+    A product without bias becomes one as well where a Relu reads it: onnxruntime joins a Relu to a
+    Gemm and to no MatMul.
+    """
     graph = Graph(model)
     for node in graph.find("MatMul"):
         _fuse_gemm(graph, node)
@@ -287,10 +291,12 @@ def _fuse_gemm(graph: Graph, node: onnx.NodeProto) -> None:
         return
     if not _is_alone(graph, product):
         return
-    addition = graph.readers(product)[0]
-    bias = _bias(graph, addition, product, node.input[KERNEL])
+    reader = graph.readers(product)[0]
+    bias = _bias(graph, reader, product, node.input[KERNEL])
     if bias is not None:
-        graph.become(addition, "Gemm", [*node.input, bias])
+        graph.become(reader, "Gemm", [*node.input, bias])
+    elif is_a(reader, "Relu"):
+        graph.become(node, "Gemm", list(node.input))
 
 
 def _bias(graph: Graph, addition: onnx.NodeProto, product: str, kernel: str) -> str | None:

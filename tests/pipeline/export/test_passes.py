@@ -557,6 +557,15 @@ def test_product_and_bias_are_one_operator(addition, shape):
     assert_equal_answers(model, passed)
 
 
+def test_product_that_a_relu_reads_is_one_operator_with_it():
+    model = written(PRODUCT + "logits = Relu(product)", **VECTOR)
+
+    passed = passes.fuse_gemms(model)
+
+    assert operators(passed) == "Gemm Relu"
+    assert_equal_answers(model, passed)
+
+
 NEAR_GEMMS = {
     "sequences": (
         PRODUCT + "logits = Add(product, bias)",
@@ -580,6 +589,14 @@ NEAR_GEMMS = {
     ),
     "a bias that is computed": (
         PRODUCT + "twice = Add(bias, bias) logits = Add(product, twice)",
+        VECTOR,
+    ),
+    "sequences before a Relu": (
+        PRODUCT + "logits = Relu(product)",
+        {**VECTOR, "takes": "float[batch,2,16] image", "gives": "float[batch,k,n] logits"},
+    ),
+    "a Relu beside another reader": (
+        PRODUCT + "lit = Relu(product) logits = Mul(product, lit)",
         VECTOR,
     ),
     "a product added to itself": (PRODUCT + "logits = Add(product, product)", VECTOR),
