@@ -6,7 +6,6 @@ here is tested without sleeping. `service.batcher` adds the clock and runs the m
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,20 +54,15 @@ class BatchQueue:
         self._max_queue_rows = max_queue_rows
         self._max_queue_requests = max_queue_requests
         self._max_delay_s = max_delay_s
+        self.waits_for_company = max_delay_s > 0  # although nothing runs
         self._levels: tuple[deque[Ticket], ...] = tuple(deque() for _ in range(levels))
         self._rows = [0] * levels
         self._expires_s = math.inf  # no ticket that waits expires before
         self.requests = 0  # waiting
 
-    def are_a_batch(self, tickets: Sequence[Ticket]) -> bool:
-        """Tell whether tickets of one shape that come together would be handed out together."""
-        rows = sum([ticket.rows for ticket in tickets])
-        return len(tickets) == 1 or rows <= self._enough_rows
-
-    @property
-    def waits_for_company(self) -> bool:
-        """Whether what comes is kept for a while although nothing runs."""
-        return self._max_delay_s > 0
+    def is_a_batch(self, requests: int, rows: int) -> bool:
+        """Tell whether requests of one shape that come together would be handed out together."""
+        return requests == 1 or rows <= self._enough_rows
 
     @property
     def rows(self) -> int:

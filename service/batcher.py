@@ -51,7 +51,9 @@ class Batch:
         self.answers, self.rows = answers, rows
         self.started_s, self.infer_s = started_s, infer_s
         # What outputs have in common whose rows are written the same way.
-        self.layout = tuple((name, array.dtype, array.shape[1:]) for name, array in answers.items())
+        self.layout = tuple(
+            [(name, array.dtype, array.shape[1:]) for name, array in answers.items()]
+        )
         self._raw: dict[str, memoryview] = {}
 
     def raw(self, name: str) -> memoryview:
@@ -166,20 +168,22 @@ class Batcher:
         """
         rows = sum([ticket.rows for ticket in tickets])
         now_s = time.monotonic()
+        for ticket in tickets:
+            if ticket.deadline_s <= now_s or ticket.timeout_s <= now_s:
+                return False
         with self._changed:
             if (
                 self._closed
                 or self._queue.requests
                 or self._queue.waits_for_company
                 or len(self._busy_rows) >= self._instances
-                or not self._queue.are_a_batch(tickets)
+                or not self._queue.is_a_batch(len(tickets), rows)
                 or self._pace.call_s(rows) > longest_s
-                or any(ticket.expired(now_s) for ticket in tickets)
             ):
                 return False
             self._busy_rows.append(rows)
-        self._run_taken(tickets, ())
-        self.work(longest_s)  # what came meanwhile
+        if self._run_taken(tickets, ()):
+            self.work(longest_s)  # what came meanwhile
         return True
 
     def wake(self) -> None:
@@ -315,18 +319,21 @@ class Batcher:
             self._show_pending()
         return batch, expired
 
-    def _run_taken(self, batch: Sequence[Ticket], expired: Sequence[Ticket]) -> None:
+    def _run_taken(self, batch: Sequence[Ticket], expired: Sequence[Ticket]) -> bool:
+        """Answer what was taken from the queue; tell whether more waits there."""
         for ticket in expired:
             self._refuse_expired(ticket)
         if not batch:
-            return
+            return True
         try:
             self._answer(batch)
         finally:
             with self._changed:
                 self._busy_rows.remove(sum([ticket.rows for ticket in batch]))
+                waits = self._queue.requests > 0
                 if self._closed:
                     self._changed.notify_all()
+        return waits
 
     def _answer(self, tickets: Sequence[Ticket]) -> None:
         """Run one batch; where the model fails on it, every request alone, to spare the others."""

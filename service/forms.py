@@ -50,11 +50,12 @@ class Form:
         self.served = served
         self.parameters = parameters
         self._outputs = outputs
+        self._classifies = any(output.classes for output in outputs)
         self._writing: _Writing | None = None
 
     def written(self, batch: "Batch", start: int, rows: int) -> bytes:
         """Return the serialised ModelInferResponse with some rows of a batch."""
-        if any(output.classes for output in self._outputs):
+        if self._classifies:
             response = self._response()
             for output in self._outputs:
                 array = batch.answers[output.name][start : start + rows]

@@ -94,12 +94,18 @@ class Inference:
             if request is None:
                 self._begin(call, fed)
                 continue
-            first = known[0] if known else request
-            same &= (
-                request.form.served is first.form.served
-                and request.batch.shape[1:] == first.batch.shape[1:]
-            )
             known.append(request)
+            form, first = request.form, known[0].form
+            same = (
+                same
+                and (
+                    form is first  # so that their rows have one shape
+                    or (
+                        form.served is first.served
+                        and request.batch.shape[1:] == known[0].batch.shape[1:]
+                    )
+                )
+            )
         if known and not (same and not fed and self._run_at_once(known, longest_s)):
             for request in known:
                 self._queue(request, fed)
@@ -242,13 +248,13 @@ class Inference:
 def _ticket(request: _Request) -> Ticket:
     call, batch, parameters = request.call, request.batch, request.form.parameters
     return Ticket(
-        rows=len(batch),
-        shape=batch.shape[1:],
-        arrived_s=call.started_s,
-        deadline_s=call.deadline_s,
-        timeout_s=call.started_s + parameters.wait_s,
-        level=parameters.level,
-        content=request,
+        len(batch),
+        batch.shape[1:],
+        call.started_s,
+        call.deadline_s,
+        call.started_s + parameters.wait_s,
+        parameters.level,
+        request,
     )
 
 

@@ -45,11 +45,10 @@ def _serve(settings: Settings) -> None:
         asyncio.run(workers.serve(settings, _announce, os.environ))
         return
     with _trials(settings) as trials:
-        import asyncio  # noqa: PLC0415
-
         from service import server  # noqa: PLC0415
+        from service.front import idle  # noqa: PLC0415
 
-        asyncio.run(server.serve(settings, _announce, _process(settings, trials)))
+        idle.run(server.serve(settings, _announce, _process(settings, trials)))
 
 
 def work(settings: Settings, *, index: int, statistics: Path) -> None:
@@ -60,12 +59,11 @@ def work(settings: Settings, *, index: int, statistics: Path) -> None:
     """
     _prepare(settings)
     with _trials(settings) as trials:
-        import asyncio  # noqa: PLC0415
-
         from service import server  # noqa: PLC0415
+        from service.front import idle  # noqa: PLC0415
 
         process = replace(_process(settings, trials), statistics=statistics, worker=index)
-        asyncio.run(server.serve(settings, _announce, process))
+        idle.run(server.serve(settings, _announce, process))
 
 
 def _prepare(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -61,6 +61,13 @@ FAILURES = {
     "BACKEND": Figure.BACKEND,
     "OTHER": Figure.OTHER,
 }
+# An enum's member costs a look-up each time.
+_SUCCESS, _SUCCESS_S, _SERVED, _EXECUTIONS = map(
+    int, (Figure.SUCCESS, Figure.SUCCESS_S, Figure.ROWS, Figure.EXECUTIONS)
+)
+_QUEUE_S, _INPUT_S, _INFER_S, _OUTPUT_S, _LAST_MS = map(
+    int, (Figure.QUEUE_S, Figure.INPUT_S, Figure.INFER_S, Figure.OUTPUT_S, Figure.LAST_MS)
+)
 # What is so now, and so no longer when its process has ended; everything else is kept.
 LEVELS = (Figure.PENDING_REQUESTS, Figure.PENDING_ROWS, Figure.READY)
 # Of these the largest of all workers stands for all; everything else is added up.
@@ -92,12 +99,16 @@ _STARTS = {
     histogram: len(Figure) + sum(len(BUCKETS[Histogram(i)]) + 2 for i in range(histogram))
     for histogram in Histogram
 }
+# The same with the buckets' upper ends and the place of their sum, for the hot path.
+_REQUESTS, _WAITS, _CALLS, _SIZES = (
+    (_STARTS[histogram], BUCKETS[histogram], _STARTS[histogram] + len(BUCKETS[histogram]) + 1)
+    for histogram in Histogram
+)
 _BY_SIZE = len(Figure) + sum(len(ends) + 2 for ends in BUCKETS.values())
 _SIZE_WIDTH = 4  # executions; seconds of input, infer, output
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
+class Execution(NamedTuple):
     """One call of the model: seconds of joining its input, computing, cutting its output."""
 
     rows: int
@@ -152,27 +163,28 @@ class Statistics:
             ms: now, in milliseconds since 1970.
         """
         requests = len(waits_s)
+        rows, input_s, infer_s, output_s = execution
         with self._lock:
             values = self._values
-            values[Figure.SUCCESS] += requests
-            values[Figure.SUCCESS_S] += sum(requests_s)
-            values[Figure.ROWS] += execution.rows
-            values[Figure.EXECUTIONS] += 1
-            values[Figure.QUEUE_S] += sum(waits_s)
-            values[Figure.INPUT_S] += execution.input_s * requests
-            values[Figure.INFER_S] += execution.infer_s * requests
-            values[Figure.OUTPUT_S] += execution.output_s * requests
-            values[Figure.LAST_MS] = ms
-            self._observe_all(Histogram.QUEUE_S, waits_s)
-            self._observe_all(Histogram.REQUEST_S, requests_s)
-            self._observe(Histogram.INFER_S, execution.infer_s)
-            self._observe(Histogram.BATCH_ROWS, execution.rows)
-            start = _BY_SIZE + (execution.rows - 1) * _SIZE_WIDTH
+            values[_SUCCESS] += requests
+            values[_SUCCESS_S] += sum(requests_s)
+            values[_SERVED] += rows
+            values[_EXECUTIONS] += 1
+            values[_QUEUE_S] += sum(waits_s)
+            values[_INPUT_S] += input_s * requests
+            values[_INFER_S] += infer_s * requests
+            values[_OUTPUT_S] += output_s * requests
+            values[_LAST_MS] = ms
+            _observe_all(values, _WAITS, waits_s)
+            _observe_all(values, _REQUESTS, requests_s)
+            _observe_all(values, _CALLS, (infer_s,))
+            _observe_all(values, _SIZES, (rows,))
+            start = _BY_SIZE + (rows - 1) * _SIZE_WIDTH
             if start + _SIZE_WIDTH <= len(values):
                 values[start] += 1
-                values[start + 1] += execution.input_s
-                values[start + 2] += execution.infer_s
-                values[start + 3] += execution.output_s
+                values[start + 1] += input_s
+                values[start + 2] += infer_s
+                values[start + 3] += output_s
 
     def failed(self, reason: str, seconds: float) -> None:
         """Count a request that got no answer, for one of the reasons in `FAILURES`."""
@@ -180,22 +192,22 @@ class Statistics:
             self._values[FAILURES[reason]] += 1
             self._values[Figure.FAIL_S] += seconds
 
-    def _observe_all(self, histogram: Histogram, observed: Sequence[float]) -> None:
-        if len(observed) < MANY:
-            for value in observed:
-                self._observe(histogram, value)
-            return
-        start, ends = _STARTS[histogram], BUCKETS[histogram]
-        counts = np.bincount(np.searchsorted(ends, observed), minlength=len(ends) + 1).tolist()
-        for place, count in enumerate(counts, start):
-            if count:
-                self._values[place] += count
-        self._values[start + len(ends) + 1] += sum(observed)
 
-    def _observe(self, histogram: Histogram, value: float) -> None:
-        start = _STARTS[histogram]
-        self._values[start + bisect_left(BUCKETS[histogram], value)] += 1
-        self._values[start + len(BUCKETS[histogram]) + 1] += value
+def _observe_all(
+    values: "Row", histogram: tuple[int, tuple[float, ...], int], observed: Sequence[float]
+) -> None:
+    """Count values in a histogram: where its buckets start, their upper ends, where its sum is."""
+    start, ends, total = histogram
+    if len(observed) < MANY:
+        for value in observed:
+            values[start + bisect_left(ends, value)] += 1
+            values[total] += value
+        return
+    counts = np.bincount(np.searchsorted(ends, observed), minlength=len(ends) + 1).tolist()
+    for place, count in enumerate(counts, start):
+        if count:
+            values[place] += count
+    values[total] += sum(observed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2
 from service.access import CONTROL, Access
 from service.call import DRAINING, Call, CallError, Status, refusal, texts
 from service.errors import AddressError, ServiceError, SettingsError
+from service.front import idle
 from service.front.address import UNIX, UNKNOWN, resolve, unusable
 from service.front.health import Health
 from service.rpc import SERVICES, STREAM, Rpc, stream_answer, stream_refusal
@@ -33,6 +34,7 @@ MAX_PENDING_CALLS = 1 << 14  # each may hold its message, though its caller left
 MAX_SERVICE_CHARACTERS = 256
 SHUTDOWN_S = 0.02  # for gRPC's core to tell clients to go elsewhere
 MAX_SETTLED = 8  # outcomes at a time; each takes the event loop about 0.2 ms
+MAX_TOGETHER = 32  # calls that are begun at once; more would keep too many clients waiting
 # Expected seconds of a call of the model that the event loop makes itself: a few times what it
 # costs to hand a batch to another thread, and its answers back.
 SHORT_S = 0.0005
@@ -133,7 +135,8 @@ class GrpcioFront:
         self._health = Health()
         self._keeper: asyncio.Task[None] | None = None
         self._readers: set[asyncio.Task[None]] = set()  # one a stream
-        self._came: list[Call] = []  # in this round of the event loop
+        self._came: list[Call] = []  # and wait for others, or for the event loop to have time
+        self._crowded = False  # whether it was several that were begun last
         self._answering = 0  # calls whose answers are waited for when stopping
         self._streaming = 0  # calls that are answered for as long as they last
         self._holding = False
@@ -153,6 +156,7 @@ class GrpcioFront:
             SettingsError: TLS's files cannot be read or used.
         """
         self._mailbox = _Mailbox(asyncio.get_running_loop())
+        self._when_idle = idle.when_idle(self._mailbox.loop)
         self.show_health(ready=False, models={})
         self._server, address = await self._serve(self._transport.address)
         self._closing = asyncio.create_task(self._closed.wait())
@@ -352,14 +356,18 @@ class GrpcioFront:
         await asyncio.wait((self._closing,), timeout=seconds)
 
     def _begin(self, call: Call) -> None:
-        """Begin a call, together with the others that come in this round of the event loop."""
+        """Begin a call, together with the others that come before the event loop has time."""
         self._came.append(call)
-        if len(self._came) == 1:
-            self._mailbox.loop.call_soon(self._begin_all)
+        if len(self._came) == MAX_TOGETHER:
+            self._begin_all()
+        elif len(self._came) == 1:
+            self._when_idle(self._begin_all, patient=self._crowded)
 
     def _begin_all(self) -> None:
         came, self._came = self._came, []
-        self._rpc.run([call for call in came if not call.over], SHORT_S)
+        if came:
+            self._crowded = len(came) > 1
+            self._rpc.run([call for call in came if not call.over], SHORT_S)
 
     def _check(self, call: Call) -> None:
         """Refuse a call that may not be asked; what wants a token of every call did so before."""

@@ -26,6 +26,7 @@ from service import model_config, version
 from service.access import Access
 from service.call import Call, CallError
 from service.client import Client
+from service.front import idle
 from service.front.grpcio import GrpcioFront, Transport
 from service.front.native import NativeFront
 from service.model_config import ModelOptions
@@ -218,7 +219,7 @@ def ask(rpc) -> Callable[..., Message]:
 @pytest.fixture(scope="session")
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     """Run one event loop in a thread; grpc.aio works best with one a process."""
-    loop = asyncio.new_event_loop()
+    loop = idle.Loop()  # as a server's
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     yield loop

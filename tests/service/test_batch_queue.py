@@ -493,7 +493,7 @@ def test_batch_is_due_as_soon_as_there_are_enough(frugal, rows, due_at_s):
 def test_tickets_are_a_batch_if_they_would_be_handed_out_together(frugal, rows, are):
     tickets = [Ticket(one, (1,), arrived_s=0.0) for one in rows]
 
-    assert frugal.are_a_batch(tickets) is are
+    assert frugal.is_a_batch(len(rows), sum(rows)) is are
     for ticket in tickets:
         frugal.put(ticket)
     assert (frugal.take(5.0)[0] == tickets) is are

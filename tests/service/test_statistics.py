@@ -317,10 +317,18 @@ def test_figures_of_workers_that_have_not_begun_are_none(tmp_path):
     )
 )
 def test_many_values_at_once_fall_where_each_of_them_would(values):
-    together, apart = Store().open("m", 1, 64), Store().open("m", 1, 64)
+    together, apart = Store(), Store()
 
-    together._observe_all(Histogram.QUEUE_S, values)
+    together.open("m", 1, 64).executed(Execution(1, 0, 0, 0), values, values, 0)
+    counted = apart.open("m", 1, 64)
     for value in values:
-        apart._observe(Histogram.QUEUE_S, value)
+        counted.executed(Execution(1, 0, 0, 0), [value], [value], 0)
 
-    assert list(together.values()) == pytest.approx(list(apart.values()))
+    (one,), (other,) = together.snapshots(), apart.snapshots()
+    for histogram in (Histogram.QUEUE_S, Histogram.REQUEST_S):
+        (counts, total), (expected, sum_expected) = (
+            one.histogram(histogram),
+            other.histogram(histogram),
+        )
+        assert counts == expected
+        assert total == pytest.approx(sum_expected)

@@ -29,7 +29,7 @@ from protos import inference_pb2, inference_pb2_grpc, parity_pb2, parity_pb2_grp
 from service.access import CONTROL, OPEN, ROWS, Access
 from service.call import CallError, Status
 from service.errors import AddressError, LimitError, SettingsError
-from service.front.grpcio import CODES, MAX_STREAMED, GrpcioFront, Transport
+from service.front.grpcio import CODES, MAX_STREAMED, MAX_TOGETHER, GrpcioFront, Transport
 from service.front.native import NativeFront
 from service.rpc import INFER, INFERENCE, SAMPLE, SERVICES, STREAM, WATCH, Rpc
 
@@ -239,6 +239,30 @@ def test_other_calls_are_answered_while_one_waits(listen, dial):
     assert not waiting.done()
     call.answer(b"abc")
     assert waiting.result(WAIT_S) == b"abc"
+
+
+def test_calls_that_come_at_once_are_begun_together(loop, dial):
+    together = []
+
+    class Counting(Fake):
+        def run(self, calls, longest_s):
+            together.append(len(calls))
+            for call in calls:
+                call.answer(call.content)
+
+    fake: Any = Counting()
+    transport = Transport(address="127.0.0.1:0", max_message_bytes=1000)
+    front = GrpcioFront(fake, transport, access=Access((), ()))
+    infer = dial(asyncio.run_coroutine_threadsafe(front.start(), loop).result(30)).unary_unary(
+        INFER
+    )
+
+    calls = [infer.future(b"%d" % number, timeout=WAIT_S) for number in range(200)]
+
+    assert [call.result(WAIT_S) for call in calls] == [b"%d" % number for number in range(200)]
+    assert sum(together) == 200
+    assert 1 < max(together) <= MAX_TOGETHER
+    asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(30)
 
 
 def test_outcome_that_comes_when_nobody_waits_any_more_does_no_harm(listen, dial, caplog):
