@@ -35,6 +35,7 @@ from service import model_config, version
 from service.access import Access
 from service.front import native
 from service.front.grpcio import Transport
+from service.front.turns import Turn, Turns
 from service.model_config import ModelOptions
 from service.repository import Repository
 from service.rpc import INFER, Rpc
@@ -134,7 +135,8 @@ def _beginning(made: Made, rows: int) -> Callable[[], object]:
     method = rpc.paths.index(INFER)
     events = [(EVENT_CALL, number, method, content, None, details) for number in range(rows)]
     sink: Any = SimpleNamespace(respond=lambda *_: True, fail=lambda *_: True)
-    return lambda: front._begin(sink, cast("Any", events))
+    turn = Turn(Turns())
+    return lambda: front._begin(sink, cast("Any", events), turn)
 
 
 def _best(call: Callable[[], object], times: int = 400) -> float:

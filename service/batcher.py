@@ -32,6 +32,11 @@ MIN_RETRY_S = 0.001
 Answers: TypeAlias = dict[str, NDArray[np.generic]]
 Run: TypeAlias = Callable[[NDArray[np.generic]], Answers]
 Sample: TypeAlias = Callable[[NDArray[np.generic], Answers], None]
+Expect: TypeAlias = Callable[[float], object]
+
+
+def ignore(_: float) -> None:
+    """Do nothing about a call that is going to be made."""
 
 
 class Batch:
@@ -154,7 +159,9 @@ class Batcher:
             for late in expired:
                 self._refuse_expired(late)
 
-    def run_at_once(self, tickets: Sequence[Ticket], longest_s: float) -> bool:
+    def run_at_once(
+        self, tickets: Sequence[Ticket], longest_s: float, expect: Expect = ignore
+    ) -> bool:
         """Run tickets that came together on this thread, if they would be the next batch.
 
         As `submit` and `work`, at less cost: nothing waits, and an instance is free for them.
@@ -162,11 +169,16 @@ class Batcher:
         Args:
             tickets: of one shape; at least one.
             longest_s: seconds that the call may take.
+            expect: told before each call of the model, on this thread, how many seconds it is
+                expected to take.
 
         Returns:
             Whether they were; if not, none of them was.
         """
         rows = sum([ticket.rows for ticket in tickets])
+        expected_s = self._pace.call_s(rows)
+        if expected_s > longest_s:
+            return False
         now_s = time.monotonic()
         for ticket in tickets:
             if ticket.deadline_s <= now_s or ticket.timeout_s <= now_s:
@@ -178,12 +190,12 @@ class Batcher:
                 or self._queue.waits_for_company
                 or len(self._busy_rows) >= self._instances
                 or not self._queue.is_a_batch(len(tickets), rows)
-                or self._pace.call_s(rows) > longest_s
             ):
                 return False
             self._busy_rows.append(rows)
+        expect(expected_s)
         if self._run_taken(tickets, ()):
-            self.work(longest_s)  # what came meanwhile
+            self.work(longest_s, expect)  # what came meanwhile
         return True
 
     def wake(self) -> None:
@@ -191,7 +203,7 @@ class Batcher:
         with self._changed:
             self._wake_one()
 
-    def work(self, longest_s: float) -> None:
+    def work(self, longest_s: float, expect: Expect = ignore) -> None:
         """Run what waits on this thread, as long as an instance is free for it.
 
         Calls that are expected to take longer are left to the threads of this batcher's own, and so
@@ -199,6 +211,7 @@ class Batcher:
 
         Args:
             longest_s: seconds that one call may take.
+            expect: as of `run_at_once`.
         """
         while True:
             with self._changed:
@@ -206,15 +219,14 @@ class Batcher:
                     self._show_pending()
                     return
                 rows = self._queue.next_rows()
-                now_s = time.monotonic()
-                if self._pace.call_s(rows) > longest_s or (
-                    now_s < self._queue.due_at_s() and not self._closed
-                ):
+                now_s, expected_s = time.monotonic(), self._pace.call_s(rows)
+                if expected_s > longest_s or (now_s < self._queue.due_at_s() and not self._closed):
                     self._wake_one()
                     return
                 batch, expired = self._take(now_s)
                 if self._queue.requests:  # more than one batch: let others help
                     self._wake_one()
+            expect(expected_s)
             self._run_taken(batch, expired)
 
     def cancel(self, ticket: Ticket) -> None:

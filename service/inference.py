@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from protos import inference_pb2
 from service import errors, frame, tensors
 from service.batch_queue import Ticket
-from service.batcher import Batch, Batcher
+from service.batcher import Batch, Batcher, Expect
 from service.call import DRAINING, STATUS, Call, CallError, parsed, refusal
 from service.forms import Form, Forms
 from service.parameters import Parameters
@@ -77,7 +77,7 @@ class Inference:
         """Check a request and let it wait for its model; returns at once and never raises."""
         self._begin(call, None)
 
-    def run(self, calls: Sequence[Call], longest_s: float) -> None:
+    def run(self, calls: Sequence[Call], longest_s: float, expect: Expect) -> None:
         """Begin requests that came together, and run what is short of them on this thread.
 
         Never raises; returns once nothing more can be done here.
@@ -85,6 +85,7 @@ class Inference:
         Args:
             calls: the requests.
             longest_s: expected seconds of a call of the model from which on it is left to others.
+            expect: told of those of every other, before it is made.
         """
         fed: set[Batcher] = set()
         known: list[_Request] = []
@@ -106,14 +107,14 @@ class Inference:
                     )
                 )
             )
-        if known and not (same and not fed and self._run_at_once(known, longest_s)):
+        if known and not (same and not fed and self._run_at_once(known, longest_s, expect)):
             for request in known:
                 self._queue(request, fed)
         if fed:
             own = fed.pop()
             for other in fed:
                 other.wake()
-            own.work(longest_s)
+            own.work(longest_s, expect)
 
     def _begun_alike(self, call: Call) -> _Request | None:
         """Return a call's request if one like it is known; None if it has to be read."""
@@ -128,10 +129,10 @@ class Inference:
             call.notes["model"] = form.served.name
         return _Request(call, form, rows, 0)
 
-    def _run_at_once(self, requests: Sequence[_Request], longest_s: float) -> bool:
+    def _run_at_once(self, requests: Sequence[_Request], longest_s: float, expect: Expect) -> bool:
         """Run requests of one version on this thread, if nothing of it waits or need wait."""
         tickets = [_ticket(request) for request in requests]
-        return requests[0].form.served.batcher.run_at_once(tickets, longest_s)
+        return requests[0].form.served.batcher.run_at_once(tickets, longest_s, expect)
 
     def _queue(self, request: _Request, fed: set[Batcher] | None) -> None:
         try:

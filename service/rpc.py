@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from protos import inference_pb2, parity_pb2
 from service import bundle, errors, model_config
+from service.batcher import Expect, ignore
 from service.call import Call, CallError, Request, Status, Stream, parsed, refusal
 from service.inference import Inference
 from service.parity_rpc import Streams, get_parity, properties, report_shadow
@@ -119,7 +120,7 @@ class Rpc:
         except Exception as error:
             raise refusal(call.path, error) from error
 
-    def run(self, calls: Sequence[Call], longest_s: float) -> None:
+    def run(self, calls: Sequence[Call], longest_s: float, expect: Expect = ignore) -> None:
         """Begin calls that came together, and run what is short of them on this thread.
 
         As `begin` of each, but that no other thread need wake up to answer them.
@@ -127,13 +128,14 @@ class Rpc:
         Args:
             calls: from one thread or loop.
             longest_s: expected seconds of a call of the model from which on it is left to others.
+            expect: told of those of every other, on this thread, before it is made.
         """
         asked = [call for call in calls if call.path == INFER]
         if len(asked) < len(calls):
             for call in calls:
                 if call.path != INFER:
                     self.begin(call)
-        self._inference.run(asked, longest_s)
+        self._inference.run(asked, longest_s, expect)
 
     def show_stopping(self) -> None:
         """Say that neither the server nor a model is ready, for good; requests are answered on."""

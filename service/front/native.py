@@ -28,6 +28,7 @@ from service.errors import ServiceError
 from service.front.address import UNIX, resolve, unusable
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
+from service.front.turns import Turn, Turns
 from service.rpc import INFERENCE, Rpc
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class NativeFront:
         self._guard = None if limit_bytes is None else Guard(limit_bytes)
         self._front: NativeGrpcFront | None = None
         self._threads: list[threading.Thread] = []
+        self._turns = Turns()
         self._calls: dict[int, _NativeCall] = {}  # that are not over
         self._stopping = False
         self._begun = 0
@@ -179,11 +181,15 @@ class NativeFront:
         self._behind.hold()
 
     def _take(self, front: NativeGrpcFront) -> None:
-        """Take calls until the front is closed, and answer them."""
-        while (events := front.recv_batch_details(MAX_CALLS, WAIT_MS)) is not None:
-            self._begin(front, events)  # by a call of its own, after which nothing of them is kept
+        """Take calls whenever it is this thread's turn, and answer them, until it is closed."""
+        turn = Turn(self._turns)
+        with turn:
+            while (events := front.recv_batch_details(MAX_CALLS, WAIT_MS)) is not None:
+                turn.works()
+                self._begin(front, events, turn)  # by a call, after which nothing of them is kept
+                turn.take()
 
-    def _begin(self, front: NativeGrpcFront, events: "list[DetailedEvent]") -> None:
+    def _begin(self, front: NativeGrpcFront, events: "list[DetailedEvent]", turn: Turn) -> None:
         calls: list[Call] = []
         try:
             for kind, number, method, content, _, details in events:
@@ -194,7 +200,7 @@ class NativeFront:
                         calls.append(call)
                 elif (left := self._calls.get(number)) is not None:
                     left.cancel()
-            self._rpc.run(calls, SHORT_S)
+            self._rpc.run(calls, SHORT_S, turn.expect)
         except Exception as error:  # noqa: BLE001  whatever it is, the callers get an answer
             told = refusal(INFERENCE, error)
             for _, number, *_ in events:

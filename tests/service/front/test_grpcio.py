@@ -70,7 +70,7 @@ class Fake:
             self._changed.notify_all()
         self._begin(call)
 
-    def run(self, calls, longest_s):
+    def run(self, calls, longest_s, expect=None):
         for call in calls:
             self.begin(call)
 
@@ -245,7 +245,7 @@ def test_calls_that_come_at_once_are_begun_together(loop, dial):
     together = []
 
     class Counting(Fake):
-        def run(self, calls, longest_s):
+        def run(self, calls, longest_s, expect=None):
             together.append(len(calls))
             for call in calls:
                 call.answer(call.content)

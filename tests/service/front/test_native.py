@@ -49,7 +49,7 @@ class Fake:
         self.calls.append(call)
         self._answer(call)
 
-    def run(self, calls, longest_s):
+    def run(self, calls, longest_s, expect=None):
         for call in calls:
             self.begin(call)
 
@@ -153,7 +153,7 @@ def test_message_is_inflated_before_it_is_refused(listen, dial):
 
 def test_calls_that_cannot_be_begun_are_refused_and_the_next_are_answered(listen, dial, caplog):
     class Broken(Fake):
-        def run(self, calls, longest_s):
+        def run(self, calls, longest_s, expect=None):
             if any(call.content for call in calls):
                 raise ZeroDivisionError
             super().run(calls, longest_s)
