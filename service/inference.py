@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from protos import inference_pb2
 from service import errors, frame, tensors
 from service.batch_queue import Ticket
-from service.batcher import Batch, Batcher, Expect
+from service.batcher import Batch, Batcher, Expect, ignore
 from service.call import DRAINING, STATUS, Call, CallError, parsed, refusal
 from service.forms import Form, Forms
 from service.parameters import Parameters
@@ -77,7 +77,7 @@ class Inference:
         """Check a request and let it wait for its model; returns at once and never raises."""
         self._begin(call, None)
 
-    def run(self, calls: Sequence[Call], longest_s: float, expect: Expect) -> None:
+    def run(self, calls: Sequence[Call], longest_s: float, expect: Expect = ignore) -> None:
         """Begin requests that came together, and run what is short of them on this thread.
 
         Never raises; returns once nothing more can be done here.

@@ -924,6 +924,26 @@ def test_nothing_runs_at_once_before_what_waits_or_beside_what_runs_or_after_the
     assert not at_once(batcher, Request(4))
 
 
+def test_whoever_runs_is_told_before_each_call_what_it_is_expected_to_take(make_batcher):
+    late = Request(9, 2)
+    happened: list[object] = []
+
+    def run(batch):
+        happened.append(len(batch))
+        if len(batch) == 1:
+            stay(batcher, late)
+        return double(batch)
+
+    batcher = make_batcher(run, pace=Pace({1: 2.0, 2: 4.0}))
+
+    assert batcher.run_at_once([Request(1).ticket], LONG_S, happened.append)
+
+    late.result()
+    assert [type(one) for one in happened] == [float, int, float, int]
+    assert happened[0] == 2.0
+    assert happened[1::2] == [1, 2]
+
+
 def test_what_comes_while_a_batch_runs_at_once_is_run_next(make_batcher):
     late = Request(9)
 

@@ -168,6 +168,29 @@ def test_calls_that_cannot_be_begun_are_refused_and_the_next_are_answered(listen
     assert live(b"") == b""
 
 
+@pytest.mark.parametrize("expected_s", [1.0, 0.0], ids=["is long", "was to be short"])
+def test_calls_are_answered_while_another_thread_is_at_work_that(listen, dial, expected_s):
+    begun, end = threading.Event(), threading.Event()
+
+    class Working(Fake):
+        def run(self, calls, longest_s, expect=None):
+            for call in calls:
+                if call.content:
+                    expect(expected_s)
+                    begun.set()
+                    assert end.wait(WAIT_S)
+                call.answer(call.content)
+
+    live = dial(listen(Working())).unary_unary(LIVE)
+    working = live.future(b"x", timeout=WAIT_S)
+    assert begun.wait(WAIT_S)
+
+    assert live(b"", timeout=WAIT_S) == b""
+    assert not working.done()
+    end.set()
+    assert working.result(WAIT_S) == b"x"
+
+
 def test_nothing_is_kept_of_calls_that_are_over(loop, dial):
     held: list[Any] = []
     fake: Any = Fake(lambda call: held.append(call) if call.content else call.answer(b""))
