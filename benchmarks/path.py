@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import load, measured
-from benchmarks.contenders import NATIVE, message, ours, running
+from benchmarks.contenders import NATIVE, Running, message, ours, running
 from benchmarks.load import Load
 from benchmarks.rounds import OPTIONS, Made
 from protos import inference_pb2
@@ -42,7 +43,7 @@ from service.rpc import INFER, Rpc
 from service.session import Session
 from service.settings import Settings
 
-IN_FLIGHT = Load(64)
+LOADS = {"one connection": Load(1, 64), "64 connections": Load(64)}
 SECONDS = 3.0
 ROUNDS = 5
 IO_THREAD = "grpc-native-io"
@@ -58,26 +59,20 @@ def main() -> None:
     load.check_installed()
     with tempfile.TemporaryDirectory() as folder:
         made = Made.make(Path(folder), "conv10")
-        rounds = []
         with running(ours(NATIVE, made.repository, "--front", "native"), made.images) as server:
-            request = server.request(made.images[:1], made.expected[:1])
-            count = load.requests_for(request, IN_FLIGHT, SECONDS, server.pid)
-            for _ in range(ROUNDS):
-                before = _threads(server.pid), _executions(server.port)
-                load.ask(request, IN_FLIGHT, count)
-                after = _threads(server.pid), _executions(server.port)
-                took = {name: (after[0][name] - before[0][name]) / count * US for name in after[0]}
-                rounds.append((took, count / (after[1] - before[1])))
-        taken = {name: statistics.median(took[name] for took, _ in rounds) for name in rounds[0][0]}
-        rows = round(statistics.median(rows for _, rows in rounds))
-        content = made.onnx.read_bytes()
-        session = Session(content, OPTIONS, threads=1)
-        taken["model"] = _best(lambda: session.run(made.images[:rows])) / rows
-        taken["ours"] = _best(_beginning(made, rows)) / rows
-    taken["library"] = taken["runners"] - taken["model"] - taken["ours"]
-    table = Table(box=box.SIMPLE_HEAD, title=f"µs of processor time a request, {rows} a batch")
-    for column in ("where", "what", "µs"):
-        table.add_column(column, justify="right" if column == "µs" else "left")
+            found = {name: _asked(server, made, way) for name, way in LOADS.items()}
+        session = Session(made.onnx.read_bytes(), OPTIONS, threads=1)
+        for taken in found.values():
+            rows = round(taken["rows"])
+            images = made.images[:rows]
+            taken["model"] = _best(partial(session.run, images)) / rows
+            taken["ours"] = _best(_beginning(made, rows)) / rows
+            taken["library"] = taken["runners"] - taken["model"] - taken["ours"]
+    table = Table(box=box.SIMPLE_HEAD, title="µs of processor time a request, 64 in flight")
+    table.add_column("where")
+    table.add_column("what")
+    for name, taken in found.items():
+        table.add_column(f"{name}, {taken['rows']:.0f} a batch", justify="right")
     for where, what, key in (
         ("front's thread", "HTTP/2 and gRPC, in Rust", "io, user"),
         ("", "the kernel's sockets", "io, system"),
@@ -85,9 +80,25 @@ def main() -> None:
         ("", "find the form, check, join, count, write", "ours"),
         ("", "the model", "model"),
     ):
-        table.add_row(where, what, f"{taken[key]:.1f}")
+        table.add_row(where, what, *(f"{taken[key]:.1f}" for taken in found.values()))
     Console().print(table)
-    measured.write("path", {"rows_a_batch": rows, "us_a_request": taken})
+    measured.write("path", {"us_a_request": found})
+
+
+def _asked(server: Running, made: Made, way: Load) -> dict[str, float]:
+    """Return what the server's threads took for a request, in microseconds, and a batch's rows."""
+    request = server.request(made.images[:1], made.expected[:1])
+    count = load.requests_for(request, way, SECONDS, server.pid)
+
+    def once() -> dict[str, float]:
+        before, begun = _threads(server.pid), _executions(server.port)
+        load.ask(request, way, count)
+        after, ended = _threads(server.pid), _executions(server.port)
+        took = {name: (after[name] - before[name]) / count * US for name in after}
+        return {**took, "rows": count / (ended - begun)}
+
+    rounds = [made.steady.measure(once) for _ in range(ROUNDS)]
+    return {name: statistics.median(took[name] for took in rounds) for name in rounds[0]}
 
 
 def _threads(pid: int) -> dict[str, float]:
