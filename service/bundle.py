@@ -10,9 +10,8 @@ import re
 import tokenize
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf import json_format
@@ -51,8 +50,7 @@ MAX_GOLDEN_BYTES = 1 << 29  # five hundred colour images of 512 x 512 take 400 M
 MAX_MANIFEST_BYTES = 8 << 20  # a thousand classes with their tables stay far below it
 
 
-@dataclass(frozen=True, slots=True)
-class Golden:
+class Golden(NamedTuple):
     """Inputs with the original model's answers, small enough to be answered at every load.
 
     Of a classifier the inputs are images and the outputs logits; in the file they are called so.
@@ -65,8 +63,7 @@ class Golden:
     labels: NDArray[np.integer]  # (rows,) of a classifier; empty otherwise
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(NamedTuple):
     """A bundle whose every file matches its manifest."""
 
     path: Path

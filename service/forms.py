@@ -6,8 +6,7 @@ every answer to it begins with. A request whose first bytes are a form's, and wh
 one of that form: nothing is left of it but the tensor.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -30,8 +29,7 @@ RAW_OUTPUT_TAG = b"\x32"
 VARINT_BITS = 7
 
 
-@dataclass(frozen=True, slots=True)
-class _Writing:
+class _Writing(NamedTuple):
     """How answers are written whose outputs have one layout."""
 
     layout: tuple[object, ...]

@@ -10,8 +10,8 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 ROOT = Path("/")
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -26,8 +26,7 @@ LARGE_BYTES = 1 << 16  # from here on a block is the system's, and goes back to 
 NO_LIMIT_BYTES = 1 << 60  # v1 writes a number near 2^63 where there is none
 
 
-@dataclass(frozen=True, slots=True)
-class Processor:
+class Processor(NamedTuple):
     """Its name as the kernel gives it, and its features by the kernel's names."""
 
     name: str

@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from google.protobuf import json_format, text_format
 
@@ -28,8 +29,7 @@ LIST = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class VersionPolicy:
+class VersionPolicy(NamedTuple):
     """Which of a model's versions are served; aliased ones always are."""
 
     latest: int = 0  # the highest that pass their checks; 0: not this policy

@@ -5,7 +5,7 @@ everything else is accepted and means nothing.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from protos import inference_pb2
 from service.errors import InvalidRequestError
@@ -15,8 +15,7 @@ RESERVED = "triton_"
 FINAL_RESPONSE = "triton_enable_empty_final_response"  # of streams; nothing here answers twice
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(NamedTuple):
     """How a request is to be treated in the queue."""
 
     level: int  # of priority, 1 first

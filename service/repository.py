@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from protos import bundle_pb2, parity_pb2
 from service import aliases, bundle, model_config
@@ -39,8 +40,7 @@ Load = Callable[[Path, ModelOptions], Version]
 Fingerprint = tuple[tuple[str, int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(NamedTuple):
     """A version that answers requests."""
 
     version: Version
@@ -75,8 +75,7 @@ class Served:
         return self.manifest.version
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Why a version is not served, and what it was like when that was found.
 
     It is tried again once its files or its options are others; without either, at each look.

@@ -2,13 +2,14 @@
 
 Knows the protocol, not the transport: no socket, no event loop, no gRPC library. A front takes
 calls off the wire and hands each to `Rpc.begin`; the answer comes back on the call, at once or
+from typing import NamedTuple
 from another thread.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from google.protobuf.message import Message
 
@@ -53,8 +54,7 @@ NOT_DONE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+class Method(NamedTuple):
     """How one RPC is answered; a slow one is answered by a thread of its own."""
 
     parse: Callable[[bytes], Message]

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,7 @@ class Source:
     live: Live
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Some rows of one version: what it was asked, and what it answered."""
 
     source: Source
@@ -64,8 +64,7 @@ class Block:
         return Block(self.source, self.inputs[start:end], self.outputs[start:end])
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(NamedTuple):
     """Blocks of one version, of rows of one shape, and how many rows of it were dropped so far."""
 
     blocks: list[Block]

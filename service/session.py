@@ -12,8 +12,8 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,8 +82,7 @@ SOURCES = re.compile(r"\s*\S*/onnxruntime_src/.*", re.DOTALL)
 MAX_REASON_CHARACTERS = 400
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One input or output of a model; the first dimension is the batch, -1."""
 
     name: str

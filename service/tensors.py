@@ -7,7 +7,7 @@ not copied on the way in; typed contents are one list of numbers an input.
 import math
 import struct
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,7 @@ MAX_DIMENSIONS = 32  # of a shape that is looked at; a few bytes can say million
 InputTensor = inference_pb2.ModelInferRequest.InferInputTensor
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One output that a request asks for; `classes` above 0 asks for that many labels instead."""
 
     name: str

@@ -5,7 +5,7 @@ Decides from the settings alone and opens nothing.
 
 import importlib.util
 import ipaddress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.errors import SettingsError
 from service.front.address import UNIX, resolve
@@ -14,8 +14,7 @@ from service.settings import Settings
 LIBRARY = "pygrpc_native"
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A front, `native` or `grpcio`, and why it is this one: the end of a sentence."""
 
     front: str
