@@ -75,11 +75,12 @@ def outcome(
 ) -> dict[str, float]:
     """Ask for a while; return the figures, with the processor time of both."""
     request = question(address, model)
-    requests = load.requests_for(request, asked, seconds, servers[0])
+    requests = load.requests_for(request, asked, seconds)
+    total = requests + asked.logged(requests)
     before = [sum(map(load.cpu_seconds, pids)) for pids in (proxies, servers)]
     found: Outcome = load.run(request, asked, requests, servers[0])
     after = [sum(map(load.cpu_seconds, pids)) for pids in (proxies, servers)]
-    proxy_ms, server_ms = ((b - a) / requests * 1e3 for a, b in zip(before, after, strict=True))
+    proxy_ms, server_ms = ((b - a) / total * 1e3 for a, b in zip(before, after, strict=True))
     return asdict(replace(found, server_cpu_ms=server_ms)) | {"proxy_cpu_ms": proxy_ms}
 
 

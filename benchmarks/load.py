@@ -44,9 +44,18 @@ class Load:
     connections: int
     streams: int = 1  # requests in flight on each
 
+    @property
+    def in_flight(self) -> int:
+        """Requests at a time."""
+        return self.connections * self.streams
+
+    def logged(self, requests: int) -> int:
+        """Return how many requests more `run` asks to learn how long they take."""
+        return 2 * self.in_flight + requests // LOGGED
+
     def over(self, *, http2: bool) -> "Load":
         """Return the same number in flight as a protocol can have it: HTTP/1.1 has no streams."""
-        return self if http2 else Load(self.connections * self.streams)
+        return self if http2 else Load(self.in_flight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,8 @@ def run(request: Request, load: Load, requests: int, server_pid: int) -> Outcome
     """Ask so many times, and return what came of it.
 
     How long each answer took is found out by a quarter as many requests more: h2load writes a line
-    for each, which slows down whoever is asked with the same cores.
+    for each, which slows down whoever is asked with the same cores. So rate and latency are of two
+    loads, one after the other.
 
     Raises:
         SystemExit: as `ask`.
@@ -84,9 +94,9 @@ def run(request: Request, load: Load, requests: int, server_pid: int) -> Outcome
     client_after, after = os.times(), cpu_seconds(server_pid)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        logged = max(load.connections * load.streams, requests // LOGGED)
-        ask(request, load, logged, f"--log-file={log}")
-        took_us = np.loadtxt(log, usecols=2)  # start, status, duration: microseconds
+        ask(request, load, load.logged(requests), f"--log-file={log}")
+        started_us, took_us = np.loadtxt(log, usecols=(0, 2), unpack=True)
+    took_us = took_us[np.argsort(started_us)][load.in_flight :]  # without what began all at once
     client_s = sum(client_after[2:4]) - sum(client_before[2:4])
     return Outcome(
         requests_per_second=rate,
@@ -133,16 +143,15 @@ def ask(request: Request, load: Load, requests: int, *options: str) -> float:
     return float(rate[1])
 
 
-def requests_for(request: Request, load: Load, seconds: float, server_pid: int) -> int:
+def requests_for(request: Request, load: Load, seconds: float) -> int:
     """Return how many requests take about so long; warms the server up."""
-    at_a_time = load.connections * load.streams
-    asked = 2 * at_a_time
+    asked = 2 * load.in_flight
     while True:
         started_s = time.monotonic()
-        run(request, load, asked, server_pid)
+        ask(request, load, asked)
         took_s = time.monotonic() - started_s
         if took_s > seconds / 4:
-            return max(2 * at_a_time, round(asked * seconds / took_s))
+            return max(2 * load.in_flight, round(asked * seconds / took_s))
         asked *= 4
 
 

@@ -88,7 +88,7 @@ def main() -> None:
 def _asked(server: Running, made: Made, way: Load) -> dict[str, float]:
     """Return what the server's threads took for a request, in microseconds, and a batch's rows."""
     request = server.request(made.images[:1], made.expected[:1])
-    count = load.requests_for(request, way, SECONDS, server.pid)
+    count = load.requests_for(request, way, SECONDS)
 
     def once() -> dict[str, float]:
         before, begun = _threads(server.pid), _executions(server.port)

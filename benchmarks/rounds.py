@@ -129,7 +129,7 @@ def ask_in_turn(  # noqa: PLR0913  what is asked, of whom, how often, and where 
         for server in servers:
             request = server.request(made.images[: case.rows], made.expected[: case.rows])
             asked = case.load.over(http2=server.contender.http2)
-            count = load.requests_for(request, asked, seconds, server.pid)
+            count = load.requests_for(request, asked, seconds)
             plans.append((server, case, request, asked, count))
         progress.advance(task)
     task = progress.add_task("rounds", total=rounds * len(cases))

@@ -7,7 +7,7 @@ All servers serve one ONNX file, the network conv10 with random weights as our p
 and are asked by h2load, in turn, round after round. Shown are medians; a ratio is taken within a
 round; what was measured while the host had taken a core is measured again (benchmarks/steady.py).
 Everything runs on 127.0.0.1 and needs no network. Writes benchmarks/results/serving.json (or
-peers.json), and a picture beside it.
+peers.json, or peers-mosec.json for one of them), and a picture beside it.
 """
 
 import tempfile
@@ -34,6 +34,7 @@ from benchmarks.contenders import (
     running,
 )
 from benchmarks.load import Load
+from benchmarks.peers.catalog import NAMES, contenders
 from benchmarks.rounds import Case, Made, Measured
 from benchmarks.steady import TRIES
 
@@ -74,7 +75,10 @@ def main(
             found, claimed = _beside_peers(made, peers.split(","), times, progress)
         else:
             found, claimed = _alone(made, times, pairs, progress)
-    name = "peers" if peers else "serving"
+    name = "serving"
+    if peers:
+        every = set(peers.split(",")) >= set(NAMES)
+        name = "peers" if every else f"peers-{peers.replace(',', '-')}"
     shown.outcomes(found, CASES)
     shown.claimed(claimed)
     steady = made.steady
@@ -149,8 +153,6 @@ def _beside_peers(
     made: Made, names: Sequence[str], times: int, progress: Progress
 ) -> tuple[Measured, list[Claim]]:
     """Measure each other system beside ours and a naive one, in rounds of its own."""
-    from benchmarks.peers.catalog import contenders
-
     found, claimed = Measured(), []
     for peer in contenders(made.onnx, names):
         own = Measured()

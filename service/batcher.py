@@ -306,6 +306,7 @@ class Batcher:
         """Run batches until the batcher is closed and its queue is empty."""
         while (taken := self._next()) is not None:
             self._run_taken(*taken)
+            del taken  # its messages need not stay until there is something to do again
 
     def _next(self) -> tuple[list[Ticket], list[Ticket]] | None:
         """Wait for the next batch; None once there will be none."""

@@ -55,6 +55,7 @@ class Edge:
         """
         self._access_log = settings.access_log
         self._processes = settings.workers
+        self._gpu = settings.providers != "cpu"
         self._repository = repository
         self._figures: Metrics | None = None
         self.tracer = tracing.from_environment(_release)
@@ -94,6 +95,7 @@ class Edge:
             observe=observe,
             threads=threads,
             limit_bytes=guard.limit_bytes(self._processes),
+            gpu=self._gpu,
         )
 
     def _metrics(self, address: str) -> "MetricsServer | None":

@@ -27,7 +27,7 @@ from service.errors import AddressError, ServiceError, SettingsError
 from service.front import idle
 from service.front.address import UNIX, UNKNOWN, resolve, unusable
 from service.front.health import Health
-from service.rpc import SERVICES, STREAM, Rpc, stream_answer, stream_refusal
+from service.rpc import INFERENCE, SERVICES, STREAM, Rpc, stream_answer, stream_refusal
 
 log = logging.getLogger(__name__)
 MAX_PENDING_CALLS = 1 << 14  # each may hold its message, though its caller left long ago
@@ -155,8 +155,8 @@ class GrpcioFront:
             AddressError: it cannot be listened on.
             SettingsError: TLS's files cannot be read or used.
         """
-        self._mailbox = _Mailbox(asyncio.get_running_loop())
-        self._when_idle = idle.when_idle(self._mailbox.loop)
+        self._loop = idle.running_loop()
+        self._mailbox = _Mailbox(self._loop)
         self.show_health(ready=False, models={})
         self._server, address = await self._serve(self._transport.address)
         self._closing = asyncio.create_task(self._closed.wait())
@@ -358,16 +358,21 @@ class GrpcioFront:
     def _begin(self, call: Call) -> None:
         """Begin a call, together with the others that come before the event loop has time."""
         self._came.append(call)
-        if len(self._came) == MAX_TOGETHER:
+        if len(self._came) == 1:
+            self._loop.when_idle(self._begin_all, patient=self._crowded)
+        elif len(self._came) == MAX_TOGETHER:
+            self._loop.withdraw(self._begin_all)
             self._begin_all()
-        elif len(self._came) == 1:
-            self._when_idle(self._begin_all, patient=self._crowded)
 
     def _begin_all(self) -> None:
         came, self._came = self._came, []
-        if came:
-            self._crowded = len(came) > 1
+        self._crowded = len(came) > 1
+        try:
             self._rpc.run([call for call in came if not call.over], SHORT_S)
+        except Exception as error:  # noqa: BLE001  whatever it is, the callers get an answer
+            told = refusal(INFERENCE, error)
+            for call in came:  # of no effect on those that are over
+                call.refuse(told)
 
     def _check(self, call: Call) -> None:
         """Refuse a call that may not be asked; what wants a token of every call did so before."""

@@ -36,6 +36,10 @@ class Loop(asyncio.SelectorEventLoop):
         """
         self._looking.wait(callback, LOOKS if patient else 1)
 
+    def withdraw(self, callback: Callback) -> None:
+        """Do not call back any more, if it was to be."""
+        self._looking.withdraw(callback)
+
 
 class _Selector(selectors.DefaultSelector):
     """Waits for sockets, and knows thereby that its loop has nothing to do."""
@@ -53,6 +57,11 @@ class _Selector(selectors.DefaultSelector):
             self._looks, self._due_s = looks, time.monotonic() + LATEST_S
         self._looks = max(self._looks, looks)
         self._waiting.append(callback)
+
+    def withdraw(self, callback: Callback) -> None:
+        """Forget a callback."""
+        if callback in self._waiting:
+            self._waiting.remove(callback)
 
     def select(self, timeout: float | None = None) -> Events:
         """Return the sockets that can be used; with 0 the loop has something else to do."""
@@ -76,8 +85,13 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-def when_idle(loop: asyncio.AbstractEventLoop) -> Callable[..., object]:
-    """Return `Loop.when_idle`, or of any other loop what does it in the next round."""
-    if isinstance(loop, Loop):
-        return loop.when_idle
-    return lambda callback, **_: loop.call_soon(callback)
+def running_loop() -> Loop:
+    """Return the loop that runs.
+
+    Raises:
+        RuntimeError: it is another kind of loop.
+    """
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, Loop):
+        raise RuntimeError("fronts need an event loop of service.front.idle")  # noqa: TRY004
+    return loop

@@ -28,7 +28,7 @@ from service.errors import ServiceError
 from service.front.address import UNIX, resolve, unusable
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
-from service.front.turns import Turn, Turns
+from service.front.turns import ALONE_S, Turn, Turns
 from service.rpc import INFERENCE, Rpc
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ MAX_FOLDER_BYTES = 70  # a socket's path has at most 107 on Linux, 103 elsewhere
 # Taken at once; more wait for the next thread. The fewer, the sooner the front has answers to send
 # while others are computed; below 16 what a batch costs shows.
 MAX_CALLS = 32
+# Where a GPU computes, whose calls cost the same for few and for many.
+MAX_CALLS_OF_GPU = 128
 MAX_METADATA_BYTES = 16 << 10  # as gRPC's core
 IO_THREADS = 1  # carries some 50,000 calls a second
 WAIT_MS = 200  # for calls; when the front is closed, only one of the threads that wait is told
@@ -54,7 +56,7 @@ RESERVED = "grpc-"  # trailers that it keeps for itself, though one of them is f
 class NativeFront:
     """A gRPC server on one address. Call its methods from one event loop, in their order."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the parts it is put together from
         self,
         rpc: Rpc,
         transport: Transport,
@@ -63,6 +65,7 @@ class NativeFront:
         observe: Callable[[Call], None] | None = None,
         threads: int = 2,
         limit_bytes: int | None = None,
+        gpu: bool = False,
     ) -> None:
         """Store the parts; `start` listens.
 
@@ -74,6 +77,7 @@ class NativeFront:
             threads: that take calls, and run models for as long as `rpc.run` does.
             limit_bytes: of the process's memory, from which on all connections are ended; None:
                 they never are.
+            gpu: whether models run on one, while the processor has nothing to do for them.
         """
         self._rpc = rpc
         self._transport = transport
@@ -95,7 +99,8 @@ class NativeFront:
         self._guard = None if limit_bytes is None else Guard(limit_bytes)
         self._front: NativeGrpcFront | None = None
         self._threads: list[threading.Thread] = []
-        self._turns = Turns()
+        self._max_calls = MAX_CALLS_OF_GPU if gpu else MAX_CALLS
+        self._turns = Turns(0.0 if gpu else ALONE_S)
         self._calls: dict[int, _NativeCall] = {}  # that are not over
         self._stopping = False
         self._begun = 0
@@ -184,9 +189,10 @@ class NativeFront:
         """Take calls whenever it is this thread's turn, and answer them, until it is closed."""
         turn = Turn(self._turns)
         with turn:
-            while (events := front.recv_batch_details(MAX_CALLS, WAIT_MS)) is not None:
+            while (events := front.recv_batch_details(self._max_calls, WAIT_MS)) is not None:
                 turn.works()
                 self._begin(front, events, turn)  # by a call, after which nothing of them is kept
+                events.clear()  # however long it waits for its next turn
                 turn.take()
 
     def _begin(self, front: NativeGrpcFront, events: "list[DetailedEvent]", turn: Turn) -> None:

@@ -13,17 +13,33 @@ from types import TracebackType
 # Expected seconds of work from which on another thread has its turn meanwhile: some times what it
 # costs to wake it.
 ALONE_S = 0.0005
+LONGEST_S = 0.002  # of work in all before a turn ends, though each part of it was short
 STUCK_S = 1.0  # from which on work that was expected to be short is no longer waited for
+LOOKS = 4  # a STUCK_S whether it is
 
 
 class Turns:
     """Whose turn it is; what the threads share."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone_s: float = ALONE_S) -> None:
+        """Make them.
+
+        Args:
+            alone_s: expected seconds of work from which on another thread has its turn meanwhile.
+        """
+        self.alone_s = alone_s
         self.lock = threading.Lock()  # held by the one whose turn it is, whoever releases it
         self.owner: Turn | None = None
         self.works_since_s = math.inf  # infinity while it waits for calls
         self._passing = threading.Lock()
+
+    def keep(self, owner: "Turn") -> bool:
+        """Let an owner wait for calls; tell whether it is the owner still."""
+        with self._passing:
+            if self.owner is not owner:
+                return False
+            self.works_since_s = math.inf
+            return True
 
     def pass_on(self, owner: "Turn | None", works_before_s: float = math.inf) -> None:
         """End a turn, if it is still `owner`'s and it works since before that time."""
@@ -42,11 +58,10 @@ class Turn:
     def take(self) -> None:
         """Wait for it, unless this thread has it still."""
         turns = self._turns
-        if turns.owner is not self:
-            while not turns.lock.acquire(timeout=STUCK_S):
+        if not turns.keep(self):
+            while not turns.lock.acquire(timeout=STUCK_S / LOOKS):
                 turns.pass_on(turns.owner, time.monotonic() - STUCK_S)
             turns.owner = self
-        turns.works_since_s = math.inf
 
     def works(self) -> None:
         """Say that this thread has taken calls, and answers them now."""
@@ -54,9 +69,11 @@ class Turn:
             self._turns.works_since_s = time.monotonic()
 
     def expect(self, seconds: float) -> None:
-        """Let another thread have its turn, if what this one is about to do takes long."""
-        if seconds > ALONE_S:
-            self._turns.pass_on(self)
+        """Let another thread have its turn, if this one is about to have worked for long."""
+        turns = self._turns
+        worked_s = time.monotonic() - turns.works_since_s
+        if seconds > turns.alone_s or worked_s + seconds > LONGEST_S:
+            turns.pass_on(self)
 
     def __enter__(self) -> None:
         self.take()

@@ -762,6 +762,7 @@ from pathlib import Path
 import numpy as np
 from service import server
 from service.client import Client
+from service.front import idle
 from service.settings import Settings
 
 
@@ -776,7 +777,7 @@ def announce(address):
     threading.Thread(target=ask, args=(address,)).start()
 
 
-asyncio.run(server.serve(Settings(repository=Path(sys.argv[1]), address="127.0.0.1:0"), announce))
+idle.run(server.serve(Settings(repository=Path(sys.argv[1]), address="127.0.0.1:0"), announce))
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 

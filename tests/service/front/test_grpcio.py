@@ -265,6 +265,25 @@ def test_calls_that_come_at_once_are_begun_together(loop, dial):
     asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(30)
 
 
+def test_calls_are_refused_if_what_begins_them_fails(loop, dial, caplog):
+    class Broken(Fake):
+        def run(self, calls, longest_s, expect=None):
+            raise ZeroDivisionError
+
+    fake: Any = Broken()
+    transport = Transport(address="127.0.0.1:0", max_message_bytes=1000)
+    front = GrpcioFront(fake, transport, access=Access((), ()))
+    infer = dial(asyncio.run_coroutine_threadsafe(front.start(), loop).result(30)).unary_unary(
+        INFER
+    )
+
+    calls = [infer.future(b"", timeout=WAIT_S) for _ in range(40)]
+
+    assert {call.code() for call in calls} == {grpc.StatusCode.INTERNAL}
+    assert "ZeroDivisionError" in caplog.text
+    asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(30)
+
+
 def test_outcome_that_comes_when_nobody_waits_any_more_does_no_harm(listen, dial, caplog):
     fake = Fake()
     channel = dial(listen(fake))

@@ -131,16 +131,41 @@ def test_loop_that_waits_takes_no_processor_time(loop):
     assert loop.run_until_complete(main()) < 0.5
 
 
-def test_any_other_loop_calls_back_in_its_next_round():
-    done = []
+def test_callback_that_is_withdrawn_is_not_called_and_those_after_it_wait_their_time(loop):
+    called: list[float] = []
+
+    def late():
+        called.append(time.monotonic())
+
+    def early():
+        called.append(0.0)
 
     async def main():
-        idle.when_idle(asyncio.get_running_loop())(lambda: done.append("idle"), patient=True)
-        await asyncio.sleep(0)
+        loop.when_idle(early, patient=True)
+        time.sleep(2 * idle.LATEST_S)  # noqa: ASYNC251  it would be due
+        loop.withdraw(early)
+        loop.withdraw(early)  # of no effect
+        started_s = time.monotonic()
+        loop.when_idle(late, patient=True)
+        until_s = started_s + 30
+        while not called and time.monotonic() < until_s:  # noqa: ASYNC110  it is kept busy
+            await asyncio.sleep(0)
+        return started_s
 
-    asyncio.run(main())
+    started_s = loop.run_until_complete(main())
 
-    assert done == ["idle"]
+    assert called[0] - started_s >= idle.LATEST_S
+
+
+def test_other_loops_are_told_apart():
+    async def main():
+        idle.running_loop()
+
+    with pytest.raises(RuntimeError, match="need an event loop"):
+        asyncio.run(main())
+    loop = idle.Loop()
+    loop.run_until_complete(main())
+    loop.close()
 
 
 def test_run_ends_with_the_error_of_what_it_ran_and_closes_its_loop():

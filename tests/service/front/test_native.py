@@ -213,6 +213,29 @@ def test_nothing_is_kept_of_calls_that_are_over(loop, dial):
     asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(30)
 
 
+def test_nothing_is_kept_of_calls_by_a_thread_that_waits_for_its_turn(listen, dial, monkeypatch):
+    kept: list[Any] = []
+    begin = NativeFront._begin
+
+    def begin_and_remember(self, front, events, turn):
+        kept.append(events)
+        begin(self, front, events, turn)
+
+    monkeypatch.setattr(NativeFront, "_begin", begin_and_remember)
+
+    class Long(Fake):
+        def run(self, calls, longest_s, expect=None):
+            expect(1.0)
+            for call in calls:
+                call.answer(b"")
+
+    live = dial(listen(Long())).unary_unary(LIVE)
+
+    assert live(bytes(1 << 20)) == b""
+
+    until(lambda: kept and not any(kept))
+
+
 def test_stop_waits_for_no_call_longer_than_it_may(loop, dial):
     fake: Any = Fake(lambda call: None)
     front = NativeFront(

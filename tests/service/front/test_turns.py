@@ -67,6 +67,22 @@ def test_another_has_its_turn_during_long_work(shared, start):
         own.take()
 
 
+def test_another_has_its_turn_when_short_work_follows_short_work_for_long(
+    shared, start, monkeypatch
+):
+    monkeypatch.setattr(turns, "LONGEST_S", 0.05)
+    own = Turn(shared)
+    with own:
+        other = waiting(shared, start)
+        own.works()
+        until_s = time.monotonic() + WAIT_S
+        while not other.is_set() and time.monotonic() < until_s:
+            own.expect(SHORT_S)
+
+        assert other.is_set()
+        own.take()
+
+
 def test_long_work_in_a_row_gives_the_turn_away_once(shared):
     own, other = Turn(shared), Turn(shared)
     with own:
@@ -114,6 +130,18 @@ def test_work_that_does_not_end_is_not_waited_for_though_it_was_to_be_short(
     assert waiting(shared, start).wait(WAIT_S)
     stuck.take()  # it has come back, and waits as the others do
     assert shared.owner is stuck
+
+
+def test_thread_that_came_back_too_late_does_not_hide_that_another_is_stuck(shared):
+    first, second = Turn(shared), Turn(shared)
+    first.take()
+    first.works()
+    shared.pass_on(first)
+    second.take()
+    second.works()
+
+    assert not shared.keep(first)
+    assert shared.works_since_s < time.monotonic()
 
 
 def test_thread_that_waits_for_calls_keeps_its_turn_however_long(shared, start, monkeypatch):
