@@ -7,6 +7,9 @@ from bisect import bisect_left
 from collections.abc import Mapping
 
 WEIGHT = 0.1  # of the last execution: ten of them outweigh what was before
+# Times what is expected that one execution counts for at most. What held up a call of 0.1 ms for
+# 30 ms adds as much to one of 10 ms; it does not take 300 times as long.
+MOST = 4.0
 TINY = 1e-9  # instead of nothing, to divide by
 DEVIATIONS = 4.0  # what TCP allows for before it takes an answer for lost
 UNKNOWN = 0.25  # the deviation until executions have shown it
@@ -40,7 +43,8 @@ class Pace:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a call that was made."""
-        apart = seconds / max(self._warmed(rows), TINY) - self._factor
+        most = MOST * max(self._factor, 1.0)
+        apart = min(seconds / max(self._warmed(rows), TINY), most) - self._factor
         self._factor += WEIGHT * apart
         self._deviation += WEIGHT * (abs(apart) - self._deviation)
 

@@ -2,7 +2,6 @@
 
 Knows the protocol, not the transport: no socket, no event loop, no gRPC library. A front takes
 calls off the wire and hands each to `Rpc.begin`; the answer comes back on the call, at once or
-from typing import NamedTuple
 from another thread.
 """
 

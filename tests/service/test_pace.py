@@ -66,6 +66,25 @@ def test_one_call_counts_for_its_weight_and_no_more(pace):
     assert pace.call_s(1) == pytest.approx(0.010 * (1 + WEIGHT))
 
 
+@pytest.mark.parametrize("stall_s", [0.1, 10.0])
+def test_one_call_that_was_held_up_does_not_make_all_others_seem_as_slow(stall_s):
+    pace = Pace({1: 0.0001, 64: 0.0025, 256: 0.010})
+    for _ in range(100):
+        pace.observe(256, 0.010)
+
+    pace.observe(1, stall_s)
+
+    assert pace.call_s(256) < 0.014
+    assert pace.call_s(256) * pace.margin() < 0.040
+
+
+def test_host_that_has_become_very_slow_is_learnt_of_in_a_few_calls(pace):
+    for _ in range(40):
+        pace.observe(1, 1.0)
+
+    assert pace.call_s(1) == pytest.approx(1.0, rel=0.1)
+
+
 def test_margin_is_wide_until_the_model_was_seen_to_run(pace):
     assert pace.margin() == 1 + DEVIATIONS * UNKNOWN == 2
 
