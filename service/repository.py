@@ -40,7 +40,8 @@ Load = Callable[[Path, ModelOptions], Version]
 Fingerprint = tuple[tuple[str, int, int], ...]
 
 
-class Served(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Served:
     """A version that answers requests."""
 
     version: Version

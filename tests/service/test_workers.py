@@ -53,11 +53,11 @@ def error(process, status=1):
 
 def children(pid):
     """Return a process's children, which are a server's workers, by their numbers."""
-    return {
-        int(child)
-        for file in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in file.read_text().split()
-    }
+    found: set[int] = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found |= set(map(int, file.read_text().split()))
+    return found
 
 
 def is_running(pid):
