@@ -8,7 +8,6 @@ work they are what uses a second core.
 import math
 import threading
 import time
-from types import TracebackType
 
 # Expected seconds of work from which on another thread has its turn meanwhile: some times what it
 # costs to wake it.
@@ -78,10 +77,5 @@ class Turn:
     def __enter__(self) -> None:
         self.take()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._turns.pass_on(self)
