@@ -26,8 +26,9 @@ from benchmarks.claims import Claim
 from benchmarks.contenders import (
     GRPCIO,
     GRPCIO_2,
-    NAIVE_AIO,
     NATIVE,
+    NATIVE_2,
+    Contender,
     Running,
     naive,
     ours,
@@ -43,6 +44,7 @@ PAIRED_SECONDS = 1.0  # of one load with batching, or without
 PAIRS_A_START = 3
 NETWORK = "conv10"
 WITHOUT_BATCHES = "ours, native, without batching"
+SINGLE = ("--front", "native", "--io-threads", "1")
 CASES = (
     Case("1 image, 1 in flight", 1, Load(1)),
     Case("1 image, 8 in flight", 1, Load(8)),
@@ -112,7 +114,7 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
     contenders = [
         naive("aio", made.onnx),
         naive("sync", made.onnx),
-        ours(NATIVE, made.repository, "--front", "native"),
+        *_natives(made),
         ours(GRPCIO, made.repository, "--front", "grpcio"),
         ours(GRPCIO_2, made.repository, "--front", "grpcio", "--workers", "2"),
     ]
@@ -132,8 +134,8 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
 
         rounds.ask_in_turn(started, CASES, made, found, times, progress, measure_limits)
     both = [
-        ours(NATIVE, made.repository, "--front", "native"),
-        ours(WITHOUT_BATCHES, made.repository, "--front", "native", "--max-batch-rows", "1"),
+        ours(NATIVE, made.repository, *SINGLE),
+        ours(WITHOUT_BATCHES, made.repository, *SINGLE, "--max-batch-rows", "1"),
     ]
     for _ in range(-(-pairs // PAIRS_A_START)):
         with ExitStack() as stack:
@@ -143,7 +145,7 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
             )
     claimed = [
         *claims.of_serving(found, one=ONE, many=MANY, shared=SHARED, batch=BATCH),
-        claims.ratio(found, NATIVE, NAIVE_AIO, SINGLY, claims.RATE, 10, at_least=True),
+        *claims.of_many(found, SINGLY),
         claims.of_batching(paired, ONE, NATIVE, WITHOUT_BATCHES),
     ]
     return found, claimed
@@ -158,7 +160,7 @@ def _beside_peers(
         own = Measured()
         beside = [
             naive("aio", made.onnx),
-            ours(NATIVE, made.repository, "--front", "native"),
+            *_natives(made),
             peer,
         ]
         with ExitStack() as stack:
@@ -167,15 +169,19 @@ def _beside_peers(
             found.starts_s[peer.name] = [started[-1].first_answer_s]
             found.pss_mib[peer.name] = [load.pss_mib(started[-1].pid)]
             rounds.ask_in_turn(started, (ONE, MANY, BATCH), made, own, times, progress)
-        claimed.append(claims.of_peer(own, MANY, NATIVE, peer.name))
-        if peer.name == "mosec":
-            claimed.append(
-                claims.ratio(own, NATIVE, NAIVE_AIO, MANY, claims.RATE, 10, at_least=True)
-            )
+        claimed += claims.of_peer(own, MANY, peer.name)
         for (name, case), outcomes in own.outcomes.items():
             named = name if name == peer.name else f"{name}, beside {peer.name}"
             found.outcomes[named, case] = outcomes
     return found, claimed
+
+
+def _natives(made: Made) -> list[Contender]:
+    """Return our native front for a lone client, and for many requests at a time."""
+    return [
+        ours(NATIVE, made.repository, *SINGLE),
+        ours(NATIVE_2, made.repository, "--front", "native", "--io-threads", "2"),
+    ]
 
 
 def _say_idle(servers: Sequence[Running], progress: Progress) -> None:

@@ -42,7 +42,11 @@ MAX_CALLS = 32
 # Where a GPU computes, whose calls cost the same for few and for many.
 MAX_CALLS_OF_GPU = 128
 MAX_METADATA_BYTES = 16 << 10  # as gRPC's core
-IO_THREADS = 1  # carries some 50,000 calls a second
+# With one, each answer is a write of its own: tokio runs a connection at once after each call of it
+# that has an answer. With two, one writes while the other passes answers on, which leave together;
+# but each wakes the other for nothing, which a lone client notices where cores are few.
+IO_THREADS = 2
+FEW_CORES = 3  # up to which there is one
 WAIT_MS = 200  # for calls; when the front is closed, only one of the threads that wait is told
 # Expected seconds of a call of the model that may run on a thread that takes calls. While all of
 # them run, nothing new is read or refused; to hand a batch to another thread costs some 0.05 ms.
@@ -65,6 +69,7 @@ class NativeFront:
         observe: Callable[[Call], None] | None = None,
         threads: int = 2,
         limit_bytes: int | None = None,
+        io_threads: int = IO_THREADS,
         gpu: bool = False,
     ) -> None:
         """Store the parts; `start` listens.
@@ -77,6 +82,7 @@ class NativeFront:
             threads: that take calls, and run models for as long as `rpc.run` does.
             limit_bytes: of the process's memory, from which on all connections are ended; None:
                 they never are.
+            io_threads: that read and write.
             gpu: whether models run on one, while the processor has nothing to do for them.
         """
         self._rpc = rpc
@@ -85,6 +91,7 @@ class NativeFront:
         self._observe = observe
         self._guarded = frozenset(rpc.paths if access.wants_tokens else CONTROL)
         self._number = threads
+        self._io_threads = io_threads
         self._paths = tuple(rpc.paths)
         self._folder = tempfile.TemporaryDirectory(
             prefix="serve-export-", ignore_cleanup_errors=True, dir=_socket_folder()
@@ -130,7 +137,7 @@ class NativeFront:
             self._front = NativeGrpcFront(
                 transport.address,
                 [(path, False) for path in self._paths],
-                io_threads=IO_THREADS,
+                io_threads=self._io_threads,
                 call_details=True,
                 max_concurrent_streams=MAX_STREAMS,
                 max_metadata_size=MAX_METADATA_BYTES,
@@ -249,6 +256,11 @@ class NativeFront:
         elif self._stopping and call.path != self._rpc.streamed:  # which it refuses itself by now
             call.refuse(CallError(Status.UNAVAILABLE, DRAINING))
         return not call.over
+
+
+def io_threads(cores: int) -> int:
+    """Return how many threads read and write where nobody says: a process with so many cores."""
+    return 1 if cores <= FEW_CORES else IO_THREADS
 
 
 def _socket_folder() -> str:

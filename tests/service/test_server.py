@@ -275,6 +275,19 @@ def test_server_on_a_unix_socket_answers(make_bundle, start_server, infer, tiny,
         assert version(channel, infer, tiny) == "1"
 
 
+@pytest.mark.slow
+def test_as_many_threads_read_and_write_as_were_asked_for(make_bundle, start_server, infer, tiny):
+    process = start_server(
+        *repository(make_bundle()), *FREE, "--front", "native", "--io-threads", "3"
+    )
+
+    with grpc.insecure_channel(process.address()) as channel:
+        assert version(channel, infer, tiny) == "1"
+
+    threads = Path(f"/proc/{process.popen.pid}/task").glob("*/comm")
+    assert [path.read_text() for path in threads].count("grpc-native-io\n") == 3
+
+
 # Models come and go
 
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from protos import inference_pb2, inference_pb2_grpc
 from service.access import Access
 from service.call import DRAINING, CallError, Status
 from service.front.grpcio import Transport
-from service.front.native import MAX_METADATA_BYTES, MAX_STREAMS, NativeFront
+from service.front.native import MAX_METADATA_BYTES, MAX_STREAMS, NativeFront, io_threads
 from service.rpc import INFER, INFERENCE, STREAM
 
 LIVE = f"/{INFERENCE}/ServerLive"
@@ -304,7 +305,8 @@ class Hostile:
 
     def send(self, kind, stream, payload, flags=0):
         head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
-        self.socket.sendall(head + payload)
+        with suppress(OSError):  # `closed` tells, once all that came before has been read
+            self.socket.sendall(head + payload)
 
     def read(self):
         file = self.socket.makefile("rb")
@@ -536,3 +538,7 @@ def test_unary_calls_of_a_real_model_are_answered_beside_a_hostile_client(server
 
             logits = np.frombuffer(answer.raw_output_contents[1], "<f4").reshape(-1, 3)
             np.testing.assert_array_equal(logits, tiny.logits(images))
+
+
+def test_few_cores_have_one_thread_that_reads_and_writes_and_more_have_two():
+    assert [io_threads(cores) for cores in (0, 1, 2, 3, 4, 64)] == [1, 1, 1, 1, 2, 2]
