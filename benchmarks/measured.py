@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from service.host import processor
+from service.session import RUNTIME
 
 RESULTS = Path(__file__).parent / "results"
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / (1 << 20)
@@ -68,7 +69,10 @@ def write(name: str, figures: Mapping[str, object]) -> None:
         "cpu": processor().name,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("onnxruntime", "grpcio", "train-export")},
+        "versions": {
+            "onnxruntime": RUNTIME.rpartition(" ")[2],  # of whichever wheel, for GPUs or not
+            **{name: version(name) for name in ("grpcio", "train-export")},
+        },
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
