@@ -9,7 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from service import host, logs, tracing
+from service import logs, tracing
 from service.access import Access
 from service.call import Call, Status
 from service.front import guard
@@ -87,7 +87,7 @@ class Edge:
         observe = self._observe if told else None
         if not native:
             return GrpcioFront(self.rpc, transport, access=access, observe=observe)
-        from service.front.native import NativeFront, io_threads  # noqa: PLC0415  where it is
+        from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
 
         return NativeFront(
             self.rpc,
@@ -96,7 +96,7 @@ class Edge:
             observe=observe,
             threads=threads,
             limit_bytes=guard.limit_bytes(self._processes),
-            io_threads=self._io_threads or io_threads(host.cores() // self._processes),
+            io_threads=self._io_threads,
             gpu=self._gpu,
         )
 

@@ -10,7 +10,7 @@ from service.errors import SettingsError
 LIMITS = {
     "poll_s": (0.05, 86_400),
     "workers": (1, 256),
-    "io_threads": (0, 64),
+    "io_threads": (1, 64),
     "max_batch_rows": (1, 1 << 20),  # each of them is kept in memory once it was warmed
     "max_queue_rows": (1, 1 << 24),
     "max_queue_delay_ms": (0, 60_000),
@@ -106,10 +106,10 @@ class Settings:
     )
     workers: int = _option(1, "Network", "Processes that share the address, each with its models.")
     io_threads: int = _option(
-        0,
+        1,
         "Network",
-        "Threads of the native front that read and write. 1: a lone client is answered soonest; "
-        "2: many answers of one connection leave together; 0: 2 where there are 4 cores, else 1.",
+        "Threads of the native front that read and write. With 2, answers of one connection leave "
+        "together, which is worth it where two cores are busy with many requests at a time.",
     )
     max_message_mib: int = _option(
         64,  # gRPC's own 4 MiB stops a batch of 1,400 colour images of 32 x 32 in float32

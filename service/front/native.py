@@ -28,7 +28,7 @@ from service.errors import ServiceError
 from service.front.address import UNIX, resolve, unusable
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
-from service.front.turns import ALONE_S, Turn, Turns
+from service.front.turns import Turn, Turns
 from service.rpc import INFERENCE, Rpc
 
 if TYPE_CHECKING:
@@ -39,14 +39,8 @@ MAX_FOLDER_BYTES = 70  # a socket's path has at most 107 on Linux, 103 elsewhere
 # Taken at once; more wait for the next thread. The fewer, the sooner the front has answers to send
 # while others are computed; below 16 what a batch costs shows.
 MAX_CALLS = 32
-# Where a GPU computes, whose calls cost the same for few and for many.
-MAX_CALLS_OF_GPU = 128
+MAX_CALLS_OF_GPU = 64  # where a call of the model costs the same for few and for many
 MAX_METADATA_BYTES = 16 << 10  # as gRPC's core
-# With one, each answer is a write of its own: tokio runs a connection at once after each call of it
-# that has an answer. With two, one writes while the other passes answers on, which leave together;
-# but each wakes the other for nothing, which a lone client notices where cores are few.
-IO_THREADS = 2
-FEW_CORES = 3  # up to which there is one
 WAIT_MS = 200  # for calls; when the front is closed, only one of the threads that wait is told
 # Expected seconds of a call of the model that may run on a thread that takes calls. While all of
 # them run, nothing new is read or refused; to hand a batch to another thread costs some 0.05 ms.
@@ -69,7 +63,7 @@ class NativeFront:
         observe: Callable[[Call], None] | None = None,
         threads: int = 2,
         limit_bytes: int | None = None,
-        io_threads: int = IO_THREADS,
+        io_threads: int = 1,
         gpu: bool = False,
     ) -> None:
         """Store the parts; `start` listens.
@@ -82,8 +76,11 @@ class NativeFront:
             threads: that take calls, and run models for as long as `rpc.run` does.
             limit_bytes: of the process's memory, from which on all connections are ended; None:
                 they never are.
-            io_threads: that read and write.
-            gpu: whether models run on one, while the processor has nothing to do for them.
+            io_threads: that read and write. One carries some 50,000 calls a second, and each answer
+                is a write of its own: tokio runs a connection at once after each of its calls that
+                has an answer. Of two, one writes while the other passes answers on, which then
+                leave together; but each wakes the other for nothing as well.
+            gpu: whether models run on one.
         """
         self._rpc = rpc
         self._transport = transport
@@ -107,7 +104,7 @@ class NativeFront:
         self._front: NativeGrpcFront | None = None
         self._threads: list[threading.Thread] = []
         self._max_calls = MAX_CALLS_OF_GPU if gpu else MAX_CALLS
-        self._turns = Turns(0.0 if gpu else ALONE_S)
+        self._turns = Turns()
         self._calls: dict[int, _NativeCall] = {}  # that are not over
         self._stopping = False
         self._begun = 0
@@ -256,11 +253,6 @@ class NativeFront:
         elif self._stopping and call.path != self._rpc.streamed:  # which it refuses itself by now
             call.refuse(CallError(Status.UNAVAILABLE, DRAINING))
         return not call.over
-
-
-def io_threads(cores: int) -> int:
-    """Return how many threads read and write where nobody says: a process with so many cores."""
-    return 1 if cores <= FEW_CORES else IO_THREADS
 
 
 def _socket_folder() -> str:

@@ -20,13 +20,7 @@ LOOKS = 4  # a STUCK_S whether it is
 class Turns:
     """Whose turn it is; what the threads share."""
 
-    def __init__(self, alone_s: float = ALONE_S) -> None:
-        """Make them.
-
-        Args:
-            alone_s: expected seconds of work from which on another thread has its turn meanwhile.
-        """
-        self.alone_s = alone_s
+    def __init__(self) -> None:
         self.lock = threading.Lock()  # held by the one whose turn it is, whoever releases it
         self.owner: Turn | None = None
         self.works_since_s = math.inf  # infinity while it waits for calls
@@ -71,7 +65,7 @@ class Turn:
         """Let another thread have its turn, if this one is about to have worked for long."""
         turns = self._turns
         worked_s = time.monotonic() - turns.works_since_s
-        if seconds > turns.alone_s or worked_s + seconds > LONGEST_S:
+        if seconds > ALONE_S or worked_s + seconds > LONGEST_S:
             turns.pass_on(self)
 
     def __enter__(self) -> None:

@@ -232,7 +232,8 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def listen(loop, front_kind) -> Iterator[Callable[..., str]]:
     """Return a function that serves an Rpc on a free port and returns its address."""
     fronts: list[Any] = []
-    kind = {"grpcio": GrpcioFront, "native": NativeFront}[front_kind]
+    # A server's native front has one such thread; with two, more can go wrong.
+    kind = {"grpcio": GrpcioFront, "native": partial(NativeFront, io_threads=2)}[front_kind]
 
     def listen(rpc: Rpc, *, ready: bool = True, access: Access | None = None, **transport) -> str:
         front = kind(

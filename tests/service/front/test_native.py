@@ -24,7 +24,7 @@ from protos import inference_pb2, inference_pb2_grpc
 from service.access import Access
 from service.call import DRAINING, CallError, Status
 from service.front.grpcio import Transport
-from service.front.native import MAX_METADATA_BYTES, MAX_STREAMS, NativeFront, io_threads
+from service.front.native import MAX_METADATA_BYTES, MAX_STREAMS, NativeFront
 from service.rpc import INFER, INFERENCE, STREAM
 
 LIVE = f"/{INFERENCE}/ServerLive"
@@ -538,7 +538,3 @@ def test_unary_calls_of_a_real_model_are_answered_beside_a_hostile_client(server
 
             logits = np.frombuffer(answer.raw_output_contents[1], "<f4").reshape(-1, 3)
             np.testing.assert_array_equal(logits, tiny.logits(images))
-
-
-def test_few_cores_have_one_thread_that_reads_and_writes_and_more_have_two():
-    assert [io_threads(cores) for cores in (0, 1, 2, 3, 4, 64)] == [1, 1, 1, 1, 2, 2]
