@@ -47,8 +47,7 @@ def main(
         for name, providers in PROVIDERS.items()
     }
     (tensor,) = sessions["cpu"].inputs
-    shape = [int(size) for size in tensor.shape[1:] if size is not None]
-    images = np.random.default_rng(0).integers(0, 256, (COMPARED, *shape), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (COMPARED, *tensor.shape[1:]), np.uint8)
     answers = {name: session.run(images) for name, session in sessions.items()}
     logits, expected = (
         {name: answer[output].astype(np.float32) for name, answer in answers.items()}

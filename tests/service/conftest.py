@@ -233,7 +233,11 @@ def listen(loop, front_kind) -> Iterator[Callable[..., str]]:
     """Return a function that serves an Rpc on a free port and returns its address."""
     fronts: list[Any] = []
     # A server's native front has one such thread; with two, more can go wrong.
-    kind = {"grpcio": GrpcioFront, "native": partial(NativeFront, io_threads=2)}[front_kind]
+    kinds: dict[str, Any] = {
+        "grpcio": GrpcioFront,
+        "native": partial(NativeFront, io_threads=2),
+    }
+    kind = kinds[front_kind]
 
     def listen(rpc: Rpc, *, ready: bool = True, access: Access | None = None, **transport) -> str:
         front = kind(
