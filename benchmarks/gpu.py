@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py models
 
-Needs an NVIDIA GPU and the extra gpu. Both servers are the native front's, asked by h2load in turn,
-round after round; shown are medians. The same file is called in this process as well, with either
-provider, on random images. Writes benchmarks/results/gpu.json.
+Needs an NVIDIA GPU, the extra gpu, and version 1, alone, of one model with uint8 images and the
+outputs of ours, as `make run` leaves it in models. Both servers are the native front's, asked by
+h2load in turn, round after round; shown are medians. The same file is called in this process as
+well, with either provider, on random images. Writes benchmarks/results/gpu.json.
 """
 
 from contextlib import ExitStack
@@ -36,7 +37,7 @@ OUTPUTS = ("logits", "probabilities")
 
 
 def main(
-    repository: Annotated[Path, typer.Argument(help="Folder with one model, of images.")],
+    repository: Annotated[Path, typer.Argument(help="Folder with version 1 of one model.")],
     times: Annotated[int, typer.Option("--rounds", min=3, help="Medians are of these.")] = 5,
 ) -> None:
     """Measure, print and write."""

@@ -19,9 +19,7 @@ from service.session import Session
 
 SLICE_S = 0.12
 FIRST = 12  # looks, the best of which is what later ones are held against
-SLOWER = (
-    1.4  # times the best, from which on the cores count as taken; one core for two takes 2 to 3
-)
+SLOWER = 1.2  # times the best, from which on the cores count as taken
 WAIT_S, MAX_WAIT_S = 0.3, 20.0
 TRIES = 4  # of one load
 Found = TypeVar("Found")

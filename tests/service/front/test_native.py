@@ -192,11 +192,12 @@ def test_calls_are_answered_while_another_thread_is_at_work_that(listen, dial, e
     assert working.result(WAIT_S) == b"x"
 
 
-def test_nothing_is_kept_of_calls_that_are_over(loop, dial):
+@pytest.mark.parametrize("io_threads", [1, 2])
+def test_nothing_is_kept_of_calls_that_are_over(loop, dial, io_threads):
     held: list[Any] = []
     fake: Any = Fake(lambda call: held.append(call) if call.content else call.answer(b""))
     transport = Transport(address="127.0.0.1:0", max_message_bytes=1000)
-    front = NativeFront(fake, transport, access=Access(("token",), ()))
+    front = NativeFront(fake, transport, access=Access(("token",), ()), io_threads=io_threads)
     address = asyncio.run_coroutine_threadsafe(front.start(), loop).result(30)
     live, bearer = dial(address).unary_unary(LIVE), (("authorization", "Bearer token"),)
 
@@ -305,8 +306,7 @@ class Hostile:
 
     def send(self, kind, stream, payload, flags=0):
         head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
-        with suppress(OSError):  # `closed` tells, once all that came before has been read
-            self.socket.sendall(head + payload)
+        self.socket.sendall(head + payload)
 
     def read(self):
         file = self.socket.makefile("rb")
@@ -335,7 +335,7 @@ class Hostile:
             self.changed.notify_all()
 
     def begin(self, stream, *, encoding="identity"):
-        """Open a call of ServerLive."""
+        """Open a call of ServerLive, unless the server has closed meanwhile."""
         headers = {
             ":method": "POST",
             ":scheme": "http",
@@ -350,7 +350,8 @@ class Hostile:
             for key, value in headers.items()
         )
         self.room.setdefault(stream, self.settings[INITIAL_WINDOW_SIZE])
-        self.send(HEADERS, stream, block, 4)
+        with suppress(ConnectionError):  # `closed` tells, once all that came before has been read
+            self.send(HEADERS, stream, block, 4)
 
     def give(self, stream, content, *, end=False):
         """Send a part of a call's message, as fast as the server lets; false if it is closed."""
