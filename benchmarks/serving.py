@@ -38,6 +38,7 @@ from benchmarks.load import Load
 from benchmarks.peers.catalog import NAMES, contenders
 from benchmarks.rounds import Case, Made, Measured
 from benchmarks.steady import TRIES
+from service import host
 
 PAIRED_SECONDS = 1.0  # of one load with batching, or without
 # Where a process's memory came to lie makes it some per cent faster or slower for all its life.
@@ -178,9 +179,10 @@ def _beside_peers(
 
 def _natives(made: Made) -> list[Contender]:
     """Return our native front for a lone client, and for many requests at a time."""
+    two = ("--io-threads", "2", "--io-cpus", str(min(host.cpus())))
     return [
         ours(NATIVE, made.repository, *SINGLE),
-        ours(NATIVE_2, made.repository, "--front", "native", "--io-threads", "2"),
+        ours(NATIVE_2, made.repository, "--front", "native", *two),
     ]
 
 

@@ -55,7 +55,7 @@ class Edge:
         """
         self._access_log = settings.access_log
         self._processes = settings.workers
-        self._io_threads = settings.io_threads
+        self._io_threads, self._io_cpus = settings.io_threads, settings.io_cpu_numbers
         self._gpu = settings.providers != "cpu"
         self._repository = repository
         self._figures: Metrics | None = None
@@ -86,6 +86,8 @@ class Edge:
         told = self._access_log or isinstance(self.tracer, tracing.OpenTelemetryTracer)
         observe = self._observe if told else None
         if not native:
+            if self._io_threads > 1 or self._io_cpus:
+                log.warning("io_threads and io_cpus are the native front's; grpcio has its own")
             return GrpcioFront(self.rpc, transport, access=access, observe=observe)
         from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
 
@@ -97,6 +99,7 @@ class Edge:
             threads=threads,
             limit_bytes=guard.limit_bytes(self._processes),
             io_threads=self._io_threads,
+            io_cpus=self._io_cpus,
             gpu=self._gpu,
         )
 

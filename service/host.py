@@ -8,8 +8,9 @@ import ctypes
 import math
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import suppress
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -55,9 +56,30 @@ def cores(root: Path = ROOT) -> int:
 
 def affinity() -> int:
     """Return on how many cores this process may be put."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(cpus()) or os.cpu_count() or 1
+
+
+def cpus() -> set[int]:
+    """Return the processors that this process may be put on; none where nothing keeps it to any."""
+    return os.sched_getaffinity(0) if sys.platform == "linux" else set()
+
+
+@contextmanager
+def threads_on(numbers: Collection[int]) -> Iterator[None]:
+    """Have the threads that are started herein, by this one, keep to some of `cpus`; none: to all.
+
+    Raises:
+        OSError: none of them may be used.
+    """
+    if sys.platform != "linux" or not numbers:
+        yield
+        return
+    usual = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, numbers)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usual)
 
 
 def quota(root: Path = ROOT) -> float | None:

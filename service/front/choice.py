@@ -1,12 +1,13 @@
 """Which front serves: the fast one where those who call are trusted, else the one that limits them.
 
-Decides from the settings alone and opens nothing.
+Decides from the settings and this host, and opens nothing.
 """
 
 import importlib.util
 import ipaddress
 from typing import NamedTuple
 
+from service import host
 from service.errors import SettingsError
 from service.front.address import UNIX, resolve
 from service.settings import Settings
@@ -28,9 +29,11 @@ def choose(settings: Settings) -> Choice:
     it is chosen only for clients of this host, or behind a proxy that bounds what it passes on.
 
     Raises:
-        SettingsError: the native front is asked for and cannot be had, or the address is none.
+        SettingsError: the native front is asked for and cannot be had, the address is none, or a
+            processor cannot be used.
         AddressError: its host is not known.
     """
+    _check_cpus(settings)
     missing = _missing(settings)
     if settings.front == "native":
         if missing:
@@ -58,6 +61,16 @@ def is_local(address: str) -> bool:
         return True
     _, place = resolve(address, "--address")
     return ipaddress.ip_address(place[0]).is_loopback
+
+
+def _check_cpus(settings: Settings) -> None:
+    """Refuse processors that this process may not be put on."""
+    allowed = host.cpus()
+    if not settings.io_cpu_numbers <= allowed:
+        named = ", ".join(map(str, sorted(allowed))) or "none, which needs Linux"
+        raise SettingsError(
+            f"io_cpus is {settings.io_cpus!r}, but the CPUs this process may use are {named}"
+        )
 
 
 def _missing(settings: Settings) -> str:

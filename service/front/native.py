@@ -15,13 +15,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
+from service import host
 from service.access import CONTROL, Access
 from service.call import DRAINING, Call, CallError, Status, refusal
 from service.errors import ServiceError
@@ -64,6 +65,7 @@ class NativeFront:
         threads: int = 2,
         limit_bytes: int | None = None,
         io_threads: int = 1,
+        io_cpus: Collection[int] = (),
         gpu: bool = False,
     ) -> None:
         """Store the parts; `start` listens.
@@ -80,6 +82,8 @@ class NativeFront:
                 is a write of its own: tokio runs a connection at once after each of its calls that
                 has an answer. Of two, one writes while the other passes answers on, which then
                 leave together; but each wakes the other for nothing as well.
+            io_cpus: that those threads keep to; none: any. Two on one processor never run at a
+                time: the one that writes waits while the other passes on all there is.
             gpu: whether models run on one.
         """
         self._rpc = rpc
@@ -88,7 +92,7 @@ class NativeFront:
         self._observe = observe
         self._guarded = frozenset(rpc.paths if access.wants_tokens else CONTROL)
         self._number = threads
-        self._io_threads = io_threads
+        self._io_threads, self._io_cpus = io_threads, io_cpus
         self._paths = tuple(rpc.paths)
         self._folder = tempfile.TemporaryDirectory(
             prefix="serve-export-", ignore_cleanup_errors=True, dir=_socket_folder()
@@ -131,15 +135,16 @@ class NativeFront:
         level = said.level
         said.setLevel(logging.ERROR)  # that it cannot listen is said in our sentence
         try:
-            self._front = NativeGrpcFront(
-                transport.address,
-                [(path, False) for path in self._paths],
-                io_threads=self._io_threads,
-                call_details=True,
-                max_concurrent_streams=MAX_STREAMS,
-                max_metadata_size=MAX_METADATA_BYTES,
-                reuse_port=transport.shared_port,
-            )
+            with host.threads_on(self._io_cpus):
+                self._front = NativeGrpcFront(
+                    transport.address,
+                    [(path, False) for path in self._paths],
+                    io_threads=self._io_threads,
+                    call_details=True,
+                    max_concurrent_streams=MAX_STREAMS,
+                    max_metadata_size=MAX_METADATA_BYTES,
+                    reuse_port=transport.shared_port,
+                )
         except (OSError, ValueError) as error:
             raise unusable(transport.address, "--address") from error
         finally:

@@ -759,6 +759,28 @@ def test_the_figure_that_is_judged_is_told():
     assert report.failure.startswith("99.9th percentile of |Δlogit| is 3")
 
 
+@given(
+    values=hnp.arrays(
+        st.sampled_from((np.float16, np.float32, np.float64)),
+        st.tuples(st.integers(1, 30), st.integers(1, 3)),
+        elements=st.floats(-1000, 1000, width=16),
+    ),
+    percents=st.lists(st.floats(0, 100), min_size=1, max_size=3),
+)
+def test_percentiles_are_those_of_numpy(values, percents):
+    np.testing.assert_allclose(
+        agreement.percentiles(values, *percents),
+        np.percentile(values.astype(np.float64), percents),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+def test_percentiles_of_what_is_no_number_somewhere_are_none():
+    assert np.isnan(agreement.percentiles(np.array([1, np.nan, 2]), 0, 50)).all()
+    assert agreement.percentiles(np.array([1, np.inf, 2]), 50, 100) == [2, np.inf]
+
+
 def test_scale_is_the_median_of_the_rows_largest_and_never_zero():
     rows = np.array([[[1, -4]], [[2, 3]], [[0, -9]]], np.float32)
 

@@ -3,6 +3,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,36 @@ def test_quota_of_v1_is_its_share_of_the_period(make, quota, cores):
     )
 
     assert host.quota(root) == cores
+
+
+def test_threads_keep_to_the_cpus_they_were_started_on_and_nobody_else_does():
+    usual = os.sched_getaffinity(0)
+    one = min(usual)
+    found = []
+
+    def start():
+        thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+        thread.start()
+        thread.join()
+
+    with host.threads_on({one}):
+        start()
+    with host.threads_on(()):
+        start()
+    with pytest.raises(ZeroDivisionError), host.threads_on({one}):
+        raise ZeroDivisionError
+
+    assert found == [{one}, usual]
+    assert os.sched_getaffinity(0) == usual
+
+
+def test_cpu_that_may_not_be_used_is_an_error_and_nothing_changes():
+    usual = os.sched_getaffinity(0)
+
+    with pytest.raises(OSError, match="Invalid argument"), host.threads_on({9999}):
+        pass
+
+    assert os.sched_getaffinity(0) == usual
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import socket
@@ -8,6 +9,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,16 +278,37 @@ def test_server_on_a_unix_socket_answers(make_bundle, start_server, infer, tiny,
 
 
 @pytest.mark.slow
-def test_as_many_threads_read_and_write_as_were_asked_for(make_bundle, start_server, infer, tiny):
+def test_as_many_threads_read_and_write_as_were_asked_for_where_they_were(
+    make_bundle, start_server, infer, tiny
+):
+    cpus = os.sched_getaffinity(0)
     process = start_server(
-        *repository(make_bundle()), *FREE, "--front", "native", "--io-threads", "3"
+        *(*repository(make_bundle()), *FREE, "--front", "native"),
+        *("--io-threads", "3", "--io-cpus", str(min(cpus))),
     )
 
     with grpc.insecure_channel(process.address()) as channel:
         assert version(channel, infer, tiny) == "1"
 
-    threads = Path(f"/proc/{process.popen.pid}/task").glob("*/comm")
-    assert [path.read_text() for path in threads].count("grpc-native-io\n") == 3
+    found: dict[str, list[set[int]]] = {}
+    for path in Path(f"/proc/{process.popen.pid}/task").iterdir():
+        with suppress(OSError):  # one that ends
+            name = path.joinpath("comm").read_text().strip()
+            found.setdefault(name, []).append(os.sched_getaffinity(int(path.name)))
+    assert found.pop("grpc-native-io") == [{min(cpus)}] * 3
+    assert all(one == cpus for several in found.values() for one in several)
+
+
+@pytest.mark.slow
+def test_front_that_has_its_own_threads_says_that_it_ignores_others(make_bundle, start_server):
+    process = start_server(
+        *repository(make_bundle()), *FREE, "--front", "grpcio", "--io-threads", "2"
+    )
+
+    process.address()
+
+    log = process.log.read_text()
+    assert "io_threads and io_cpus are the native front's; grpcio has its own" in log
 
 
 # Models come and go

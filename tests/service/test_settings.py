@@ -80,6 +80,18 @@ def test_provider_that_is_not_known_is_refused(providers):
     )
 
 
+@pytest.mark.parametrize(
+    ("listed", "numbers"), [("", ()), ("0", (0,)), ("3,0-2", (0, 1, 2, 3)), ("5-5,0012", (5, 12))]
+)
+def test_cpus_are_taken_as_taskset_lists_them(listed, numbers):
+    assert settings(io_cpus=listed).io_cpu_numbers == frozenset(numbers)
+
+
+@pytest.mark.parametrize("listed", ["x", "-1", "1-", "2-1", "0,", "0 1", "0,3-2", "10000", "0-3:2"])
+def test_list_of_cpus_that_cannot_be_is_refused_with_what_one_looks_like(listed):
+    assert refusal(io_cpus=listed) == (f"io_cpus is {listed!r}, expected a list such as 0 or 0,2-3")
+
+
 def test_certificate_and_key_need_each_other_and_an_authority_needs_both():
     both = {"tls_cert": Path("c"), "tls_key": Path("k")}
     settings(**both)
@@ -149,6 +161,7 @@ app(["serve"])
             "tls_cert": Path("c"),
             "tls_key": Path("k"),
             "access_log": True,
+            "io_cpus": "0,2-3",
             "log_format": "json",
             "stop_with_stdin": True,
         },

@@ -1,5 +1,6 @@
 import pytest
 
+from service import host
 from service.errors import SettingsError
 from service.front import choice
 from service.front.choice import Choice, choose, is_local
@@ -70,6 +71,22 @@ def test_grpcio_serves_where_the_native_library_is_not_installed(chosen, without
     assert chosen() == Choice("grpcio", "no_such_library is not installed")
     with pytest.raises(SettingsError, match="no_such_library is not installed; choose"):
         chosen(front="native")
+
+
+def test_cpus_that_this_process_may_not_use_are_refused_with_those_it_may(chosen, monkeypatch):
+    monkeypatch.setattr(host, "cpus", lambda: {4, 6})
+
+    assert chosen(io_cpus="4,6").front == "native"
+    with pytest.raises(SettingsError) as caught:
+        chosen(io_cpus="4-6")
+    assert str(caught.value) == "io_cpus is '4-6', but the CPUs this process may use are 4, 6"
+
+
+def test_cpus_are_refused_where_nothing_can_be_kept_to_them(chosen, monkeypatch):
+    monkeypatch.setattr(host, "cpus", set)
+
+    with pytest.raises(SettingsError, match="may use are none, which needs Linux"):
+        chosen(io_cpus="0")
 
 
 def test_address_that_is_none_is_refused():
