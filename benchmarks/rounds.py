@@ -24,7 +24,7 @@ from benchmarks.steady import Steady
 from protos import bundle_pb2
 from service.session import Session
 
-SECONDS = 1.0  # of one load; the shorter, the rarer is one that a busy host disturbed
+SECONDS = 0.6  # of one load: of many short ones a busy host disturbs fewer than of few long ones
 OPTIONS = bundle_pb2.SessionOptions(graph_optimization="all")
 
 

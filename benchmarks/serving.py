@@ -60,8 +60,8 @@ ONE, _, MANY, SHARED, SINGLY, _, _, BATCH = CASES
 
 
 def main(
-    times: Annotated[int, typer.Option("--rounds", min=5, help="Medians are of these.")] = 5,
-    pairs: Annotated[int, typer.Option(min=20, help="Rounds with and without batching.")] = 24,
+    times: Annotated[int, typer.Option("--rounds", min=5, help="Medians are of these.")] = 9,
+    pairs: Annotated[int, typer.Option(min=20, help="Rounds with and without batching.")] = 36,
     peers: Annotated[str, typer.Option(help="Other systems, by commas, each in turn.")] = "",
 ) -> None:
     """Measure, print, draw and write."""
