@@ -11,7 +11,7 @@ peers.json, or peers-mosec.json for one of them), and a picture beside it.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -41,8 +41,9 @@ from benchmarks.steady import TRIES
 from service import host
 
 PAIRED_SECONDS = 1.0  # of one load with batching, or without
-# Where a process's memory came to lie makes it some per cent faster or slower for all its life.
-PAIRS_A_START = 3
+# Where a process's memory came to lie makes it some per cent faster or slower for all its life, so
+# that all are started anew after so many rounds.
+ROUNDS_A_START = 3
 NETWORK = "conv10"
 WITHOUT_BATCHES = "ours, native, without batching"
 SINGLE = ("--front", "native", "--io-threads", "1")
@@ -121,6 +122,36 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
     ]
     found, paired = Measured(), Measured()
     rounds.start_often(contenders, made, found, times, progress)
+    for asked in _by_start(times):
+        _ask_all(contenders, made, found, asked, progress)
+    both = [
+        ours(NATIVE, made.repository, *SINGLE),
+        ours(WITHOUT_BATCHES, made.repository, *SINGLE, "--max-batch-rows", "1"),
+    ]
+    for asked in _by_start(pairs):
+        with ExitStack() as stack:
+            started = [stack.enter_context(running(one, made.images)) for one in both]
+            rounds.ask_in_turn(
+                started, (ONE,), made, paired, asked, progress, seconds=PAIRED_SECONDS
+            )
+    claimed = [
+        *claims.of_serving(found, one=ONE, many=MANY, shared=SHARED, batch=BATCH),
+        *claims.of_many(found, SINGLY),
+        claims.of_batching(paired, ONE, NATIVE, WITHOUT_BATCHES),
+    ]
+    return found, claimed
+
+
+def _by_start(times: int) -> Iterator[int]:
+    """Give how many rounds there are between one start of the processes and the next."""
+    for done in range(0, times, ROUNDS_A_START):
+        yield min(ROUNDS_A_START, times - done)
+
+
+def _ask_all(
+    contenders: Sequence[Contender], made: Made, found: Measured, times: int, progress: Progress
+) -> None:
+    """Start every server and ask it some times in every way, and the model itself in between."""
     with ExitStack() as stack:
         started = [stack.enter_context(running(one, made.images)) for one in contenders]
         limits = {
@@ -134,22 +165,6 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
                 found.limits.setdefault(name, []).append(made.steady.measure(measure))
 
         rounds.ask_in_turn(started, CASES, made, found, times, progress, measure_limits)
-    both = [
-        ours(NATIVE, made.repository, *SINGLE),
-        ours(WITHOUT_BATCHES, made.repository, *SINGLE, "--max-batch-rows", "1"),
-    ]
-    for _ in range(-(-pairs // PAIRS_A_START)):
-        with ExitStack() as stack:
-            started = [stack.enter_context(running(one, made.images)) for one in both]
-            rounds.ask_in_turn(
-                started, (ONE,), made, paired, PAIRS_A_START, progress, seconds=PAIRED_SECONDS
-            )
-    claimed = [
-        *claims.of_serving(found, one=ONE, many=MANY, shared=SHARED, batch=BATCH),
-        *claims.of_many(found, SINGLY),
-        claims.of_batching(paired, ONE, NATIVE, WITHOUT_BATCHES),
-    ]
-    return found, claimed
 
 
 def _beside_peers(
