@@ -76,10 +76,15 @@ def of_serving(found: Measured, *, one: Case, many: Case, shared: Case, batch: C
     return claims
 
 
-def of_batching(found: Measured, case: Case, batching: str, without: str) -> Claim:
-    """Return the claim that batching costs nothing where there is nothing to join."""
+def of_batching(found: Measured, case: Case, batching: str, without: str, *, a_start: int) -> Claim:
+    """Return the claim that batching costs nothing where there is nothing to join.
+
+    Rounds between one start of the processes and the next, `a_start` of them, share their luck: the
+    interval is that of the starts' means.
+    """
     values = found.ratios(batching, without, case, CPU)
-    upper = float(np.mean(values) + CONFIDENT * np.std(values, ddof=1) / len(values) ** 0.5)
+    means = [np.mean(values[at : at + a_start]) for at in range(0, len(values), a_start)]
+    upper = float(np.mean(means) + CONFIDENT * np.std(means, ddof=1) / len(means) ** 0.5)
     named = f"{case.name}: server CPU a request, batching / without"
     return Claim(named, values, 1.05, False, upper)
 

@@ -129,7 +129,7 @@ def running(contender: Contender, images: NDArray[np.uint8]) -> Iterator[Running
 def _environment() -> dict[str, str]:
     """Return ours, but that bytecode is kept, as that of installed packages is.
 
-    Otherwise what is compiled at each launch would be measured: hardly any of the naive servers.
+    Otherwise every launch of ours would compile all our modules; the naive servers have one.
     """
     kept = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {**kept, "PYTHONPATH": str(ROOT)}

@@ -5,8 +5,8 @@ HTTP/1.1; it costs a few per cent of what a generator in Python does. An answer 
 as long as the one that was checked before.
 """
 
-import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +22,7 @@ INSTALL = "install it with: apt-get install nghttp2-client"
 FINISHED = re.compile(r"finished in [\d.]+\w+, ([\d.]+) req/s")
 COUNTED = re.compile(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout")
 DATA = re.compile(r"traffic: .*, [\d.]+\w* \((\d+)\) data")
+WARM_S = 0.5  # of asking, before a server counts as warm and its rate as known
 LOGGED = 4  # a request in so many is asked again for how long it takes
 CPU_CLOCK = 2  # of a process: CPUCLOCK_SCHED, which clock_getcpuclockid(3) makes from its number
 
@@ -89,22 +90,27 @@ def run(request: Request, load: Load, requests: int, server_pid: int) -> Outcome
     Raises:
         SystemExit: as `ask`.
     """
-    before, client_before = cpu_seconds(server_pid), os.times()
+    before, client_before = cpu_seconds(server_pid), _children_s()
     rate = ask(request, load, requests)
-    client_after, after = os.times(), cpu_seconds(server_pid)
+    client_after, after = _children_s(), cpu_seconds(server_pid)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         ask(request, load, load.logged(requests), f"--log-file={log}")
         started_us, took_us = np.loadtxt(log, usecols=(0, 2), unpack=True)
     took_us = took_us[np.argsort(started_us)][load.in_flight :]  # without what began all at once
-    client_s = sum(client_after[2:4]) - sum(client_before[2:4])
     return Outcome(
         requests_per_second=rate,
         p50_ms=float(np.percentile(took_us, 50)) / 1e3,
         p99_ms=float(np.percentile(took_us, 99)) / 1e3,
         server_cpu_ms=(after - before) / requests * 1e3,
-        client_cpu_ms=client_s / requests * 1e3,
+        client_cpu_ms=(client_after - client_before) / requests * 1e3,
     )
+
+
+def _children_s() -> float:
+    """Return the processor time of all processes that this one started and that have ended."""
+    taken = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return taken.ru_utime + taken.ru_stime
 
 
 def ask(request: Request, load: Load, requests: int, *options: str) -> float:
@@ -150,7 +156,7 @@ def requests_for(request: Request, load: Load, seconds: float) -> int:
         started_s = time.monotonic()
         ask(request, load, asked)
         took_s = time.monotonic() - started_s
-        if took_s > seconds / 4:
+        if took_s > WARM_S:
             return max(2 * load.in_flight, round(asked * seconds / took_s))
         asked *= 4
 

@@ -122,7 +122,7 @@ def ask_in_turn(  # noqa: PLR0913  what is asked, of whom, how often, and where 
 
     What is measured while this machine has not all of its cores is measured again.
     """
-    rng = random.Random()
+    rng = random.Random(sum(map(len, found.outcomes.values())))
     plans = []
     task = progress.add_task("warm-up", total=len(cases))
     for case in cases:

@@ -95,6 +95,7 @@ def main(
         "measured_again": steady.repeated,
         "unsteady": steady.unsteady,
         "seconds": rounds.SECONDS,
+        "rounds_a_start": ROUNDS_A_START,
         "claims": [
             {"what": one.what, "found": one.shown, "limit": one.bound, "holds": one.holds}
             for one in claimed
@@ -137,7 +138,7 @@ def _alone(made: Made, times: int, pairs: int, progress: Progress) -> tuple[Meas
     claimed = [
         *claims.of_serving(found, one=ONE, many=MANY, shared=SHARED, batch=BATCH),
         *claims.of_many(found, SINGLY),
-        claims.of_batching(paired, ONE, NATIVE, WITHOUT_BATCHES),
+        claims.of_batching(paired, ONE, NATIVE, WITHOUT_BATCHES, a_start=ROUNDS_A_START),
     ]
     return found, claimed
 
@@ -179,12 +180,13 @@ def _beside_peers(
             *_natives(made),
             peer,
         ]
-        with ExitStack() as stack:
-            started = [stack.enter_context(running(one, made.images)) for one in beside]
-            _say_idle(started, progress)
-            found.starts_s[peer.name] = [started[-1].first_answer_s]
-            found.pss_mib[peer.name] = [load.pss_mib(started[-1].pid)]
-            rounds.ask_in_turn(started, (ONE, MANY, BATCH), made, own, times, progress)
+        for asked in _by_start(times):
+            with ExitStack() as stack:
+                started = [stack.enter_context(running(one, made.images)) for one in beside]
+                _say_idle(started, progress)
+                found.starts_s.setdefault(peer.name, []).append(started[-1].first_answer_s)
+                found.pss_mib.setdefault(peer.name, []).append(load.pss_mib(started[-1].pid))
+                rounds.ask_in_turn(started, (ONE, MANY, BATCH), made, own, asked, progress)
         claimed += claims.of_peer(own, MANY, peer.name)
         for (name, case), outcomes in own.outcomes.items():
             named = name if name == peer.name else f"{name}, beside {peer.name}"

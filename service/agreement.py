@@ -447,7 +447,8 @@ def percentiles(values: NDArray[np.floating], *percents: float) -> list[float]:
     """Return percentiles of all elements, with linear interpolation; NaN where an element is NaN.
 
     As `numpy.percentile` (definition 7 of Hyndman and Fan, The American Statistician 50, 1996), but
-    without `numpy.ma`, which that imports when it is first called: 4 % of a server's launch.
+    between a number and an infinity they are the infinity, and `numpy.ma` is not imported, which
+    that does when it is first called: 4 % of a server's launch.
 
     Args:
         values: at least one, of any shape.

@@ -87,7 +87,7 @@ class Edge:
         observe = self._observe if told else None
         if not native:
             if self._io_threads > 1 or self._io_cpus:
-                log.warning("io_threads and io_cpus are the native front's; grpcio has its own")
+                log.warning("io_threads and io_cpus are ignored: the grpcio front serves")
             return GrpcioFront(self.rpc, transport, access=access, observe=observe)
         from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
 

@@ -9,10 +9,13 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from service.errors import SettingsError
 
 ROOT = Path("/")
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -25,6 +28,7 @@ KERNEL_FLAGS = (
 )
 LARGE_BYTES = 1 << 16  # from here on a block is the system's, and goes back to it when it is freed
 NO_LIMIT_BYTES = 1 << 60  # v1 writes a number near 2^63 where there is none
+Started = TypeVar("Started")
 
 
 class Processor(NamedTuple):
@@ -64,22 +68,40 @@ def cpus() -> set[int]:
     return os.sched_getaffinity(0) if sys.platform == "linux" else set()
 
 
-@contextmanager
-def threads_on(numbers: Collection[int]) -> Iterator[None]:
-    """Have the threads that are started herein, by this one, keep to some of `cpus`; none: to all.
+def started_on(numbers: Collection[int], start: Callable[[], Started]) -> Started:
+    """Call something that starts threads, and have these keep to some of `cpus`; none: to all.
+
+    It is called by a thread that keeps to them and then ends, so nobody else is kept anywhere.
 
     Raises:
-        OSError: none of them may be used.
+        SettingsError: the system does not let a thread keep to them.
     """
-    if sys.platform != "linux" or not numbers:
-        yield
-        return
-    usual = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, numbers)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, usual)
+    if not numbers:
+        return start()
+
+    def keep_and_start() -> Started:
+        try:
+            os.sched_setaffinity(0, numbers)
+        except OSError as error:
+            raise SettingsError(
+                f"io_cpus lists {shown(numbers)}, which the system refuses: {error.strerror}; "
+                "name others, or none"
+            ) from error
+        return start()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(keep_and_start).result()
+
+
+def shown(numbers: Collection[int]) -> str:
+    """Return processors as a list such as `0,2-3`."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
 def quota(root: Path = ROOT) -> float | None:

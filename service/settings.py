@@ -116,7 +116,7 @@ class Settings:
     io_cpus: str = _option(
         "",
         "Network",
-        "CPUs that those threads keep to, as taskset lists them: 0, or 0,2-3; empty: any. "
+        "CPUs that those threads keep to, a list such as 0 or 0,2-3; empty: any. "
         "Several threads on one CPU write less often.",
     )
     max_message_mib: int = _option(

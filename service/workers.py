@@ -22,6 +22,7 @@ from pathlib import Path
 
 from service.errors import SettingsError, WorkerError
 from service.front.address import resolve, unusable
+from service.front.choice import choose
 from service.front.http import MetricsServer
 from service.live import READER, LiveStore
 from service.metrics import Metrics
@@ -56,6 +57,7 @@ async def serve(
         raise SettingsError("explicit model control reaches one process; set --workers 1")
     if settings.address.startswith("unix:"):
         raise SettingsError("processes cannot share a unix socket; set --workers 1")
+    choose(settings)  # so that what no worker can serve with is refused once
     with (
         tempfile.TemporaryDirectory(prefix="serve-export-") as folder,
         _reserved(settings.address) as address,

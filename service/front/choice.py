@@ -29,11 +29,17 @@ def choose(settings: Settings) -> Choice:
     it is chosen only for clients of this host, or behind a proxy that bounds what it passes on.
 
     Raises:
-        SettingsError: the native front is asked for and cannot be had, the address is none, or a
-            processor cannot be used.
+        SettingsError: the native front is asked for and cannot be had, the address is none, or the
+            front's threads are to keep to processors that this process may not use.
         AddressError: its host is not known.
     """
-    _check_cpus(settings)
+    chosen = _chosen(settings)
+    if chosen.front == "native":
+        _check_cpus(settings)
+    return chosen
+
+
+def _chosen(settings: Settings) -> Choice:
     missing = _missing(settings)
     if settings.front == "native":
         if missing:
@@ -65,11 +71,13 @@ def is_local(address: str) -> bool:
 
 def _check_cpus(settings: Settings) -> None:
     """Refuse processors that this process may not be put on."""
-    allowed = host.cpus()
-    if not settings.io_cpu_numbers <= allowed:
-        named = ", ".join(map(str, sorted(allowed))) or "none, which needs Linux"
+    allowed, asked = host.cpus(), settings.io_cpu_numbers
+    if asked and not allowed:
+        raise SettingsError("io_cpus is set, but only Linux keeps threads to CPUs; leave it out")
+    if not asked <= allowed:
         raise SettingsError(
-            f"io_cpus is {settings.io_cpus!r}, but the CPUs this process may use are {named}"
+            f"io_cpus is {settings.io_cpus!r}, expected some of {host.shown(allowed)}, "
+            "the CPUs that this process may use"
         )
 
 

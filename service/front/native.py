@@ -126,6 +126,7 @@ class NativeFront:
 
         Raises:
             AddressError: it cannot be listened on.
+            SettingsError: its threads cannot keep to the processors.
         """
         await self._behind.start()
         transport = self._transport
@@ -135,16 +136,7 @@ class NativeFront:
         level = said.level
         said.setLevel(logging.ERROR)  # that it cannot listen is said in our sentence
         try:
-            with host.threads_on(self._io_cpus):
-                self._front = NativeGrpcFront(
-                    transport.address,
-                    [(path, False) for path in self._paths],
-                    io_threads=self._io_threads,
-                    call_details=True,
-                    max_concurrent_streams=MAX_STREAMS,
-                    max_metadata_size=MAX_METADATA_BYTES,
-                    reuse_port=transport.shared_port,
-                )
+            self._front = host.started_on(self._io_cpus, self._listening)
         except (OSError, ValueError) as error:
             raise unusable(transport.address, "--address") from error
         finally:
@@ -163,6 +155,18 @@ class NativeFront:
         if self._guard is not None:
             self._guard.start(address)
         return address
+
+    def _listening(self) -> NativeGrpcFront:
+        transport = self._transport
+        return NativeGrpcFront(
+            transport.address,
+            [(path, False) for path in self._paths],
+            io_threads=self._io_threads,
+            call_details=True,
+            max_concurrent_streams=MAX_STREAMS,
+            max_metadata_size=MAX_METADATA_BYTES,
+            reuse_port=transport.shared_port,
+        )
 
     def show_health(self, *, ready: bool, models: dict[str, bool]) -> None:
         """Say over grpc.health.v1 who may be sent requests; as the grpcio front's."""

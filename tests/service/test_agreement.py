@@ -778,7 +778,10 @@ def test_percentiles_are_those_of_numpy(values, percents):
 
 def test_percentiles_of_what_is_no_number_somewhere_are_none():
     assert np.isnan(agreement.percentiles(np.array([1, np.nan, 2]), 0, 50)).all()
-    assert agreement.percentiles(np.array([1, np.inf, 2]), 50, 100) == [2, np.inf]
+
+
+def test_percentiles_are_infinite_only_beyond_the_last_number():
+    assert agreement.percentiles(np.array([1, np.inf, 2]), 50, 75, 100) == [2, np.inf, np.inf]
 
 
 def test_scale_is_the_median_of_the_rows_largest_and_never_zero():

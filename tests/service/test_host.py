@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from service import host
+from service.errors import SettingsError
 from service.host import Processor
 
 V1 = "4:memory:/box\n3:cpu,cpuacct:/box\n1:name=systemd:/box\n"
@@ -55,34 +56,46 @@ def test_quota_of_v1_is_its_share_of_the_period(make, quota, cores):
     assert host.quota(root) == cores
 
 
-def test_threads_keep_to_the_cpus_they_were_started_on_and_nobody_else_does():
+def test_threads_keep_to_the_cpus_they_are_started_on_and_nobody_else_does():
     usual = os.sched_getaffinity(0)
-    one = min(usual)
-    found = []
+    if len(usual) < 2:
+        pytest.skip("threads that keep to the only CPU show nothing")
+    one, found = {min(usual)}, []
 
     def start():
         thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
         thread.start()
         thread.join()
+        return "started"
 
-    with host.threads_on({one}):
-        start()
-    with host.threads_on(()):
-        start()
-    with pytest.raises(ZeroDivisionError), host.threads_on({one}):
-        raise ZeroDivisionError
+    assert host.started_on(one, start) == host.started_on((), start) == "started"
 
-    assert found == [{one}, usual]
+    assert found == [one, usual]
     assert os.sched_getaffinity(0) == usual
 
 
-def test_cpu_that_may_not_be_used_is_an_error_and_nothing_changes():
-    usual = os.sched_getaffinity(0)
+def test_what_cannot_be_started_is_refused_in_its_own_words():
+    def fail():
+        raise OSError(98, "Address already in use")
 
-    with pytest.raises(OSError, match="Invalid argument"), host.threads_on({9999}):
-        pass
+    with pytest.raises(OSError, match="Address already in use"):
+        host.started_on({min(os.sched_getaffinity(0))}, fail)
 
-    assert os.sched_getaffinity(0) == usual
+
+def test_cpu_that_the_system_refuses_is_named_and_nothing_is_started():
+    with pytest.raises(SettingsError) as caught:
+        host.started_on({9998, 9999}, lambda: pytest.fail("started"))
+
+    assert str(caught.value) == (
+        "io_cpus lists 9998-9999, which the system refuses: Invalid argument; name others, or none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [((), ""), ((3,), "3"), ((2, 0, 1, 5, 7, 8), "0-2,5,7-8")]
+)
+def test_processors_are_shown_as_ranges(numbers, text):
+    assert host.shown(numbers) == text
 
 
 @pytest.mark.parametrize(

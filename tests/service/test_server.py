@@ -282,6 +282,8 @@ def test_as_many_threads_read_and_write_as_were_asked_for_where_they_were(
     make_bundle, start_server, infer, tiny
 ):
     cpus = os.sched_getaffinity(0)
+    if len(cpus) < 2:
+        pytest.skip("threads that keep to the only CPU show nothing")
     process = start_server(
         *(*repository(make_bundle()), *FREE, "--front", "native"),
         *("--io-threads", "3", "--io-cpus", str(min(cpus))),
@@ -308,7 +310,26 @@ def test_front_that_has_its_own_threads_says_that_it_ignores_others(make_bundle,
     process.address()
 
     log = process.log.read_text()
-    assert "io_threads and io_cpus are the native front's; grpcio has its own" in log
+    assert "io_threads and io_cpus are ignored: the grpcio front serves" in log
+
+
+@pytest.mark.slow
+def test_launch_imports_nothing_that_takes_longer_than_it_is_worth(make_bundle):
+    options = (*repository(make_bundle()), *FREE, "--front", "native", "--stop-with-stdin")
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "service", "serve", *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline().startswith("serving on ")
+        _, log = process.communicate(timeout=WAIT_S)
+
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", log, re.MULTILINE))
+    assert {"numpy", "onnxruntime", "grpc", "service.front.native"} <= imported
+    assert not {"numpy.ma", "encodings.idna", "typer", "tensorflow"} & imported
 
 
 # Models come and go

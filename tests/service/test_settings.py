@@ -83,7 +83,7 @@ def test_provider_that_is_not_known_is_refused(providers):
 @pytest.mark.parametrize(
     ("listed", "numbers"), [("", ()), ("0", (0,)), ("3,0-2", (0, 1, 2, 3)), ("5-5,0012", (5, 12))]
 )
-def test_cpus_are_taken_as_taskset_lists_them(listed, numbers):
+def test_cpus_are_taken_as_a_list_of_numbers_and_ranges(listed, numbers):
     assert settings(io_cpus=listed).io_cpu_numbers == frozenset(numbers)
 
 

@@ -79,13 +79,19 @@ def test_cpus_that_this_process_may_not_use_are_refused_with_those_it_may(chosen
     assert chosen(io_cpus="4,6").front == "native"
     with pytest.raises(SettingsError) as caught:
         chosen(io_cpus="4-6")
-    assert str(caught.value) == "io_cpus is '4-6', but the CPUs this process may use are 4, 6"
+    assert str(caught.value) == (
+        "io_cpus is '4-6', expected some of 4,6, the CPUs that this process may use"
+    )
+
+
+def test_cpus_are_not_looked_at_where_the_front_ignores_them(chosen):
+    assert chosen(front="grpcio", io_cpus="9999").front == "grpcio"
 
 
 def test_cpus_are_refused_where_nothing_can_be_kept_to_them(chosen, monkeypatch):
     monkeypatch.setattr(host, "cpus", set)
 
-    with pytest.raises(SettingsError, match="may use are none, which needs Linux"):
+    with pytest.raises(SettingsError, match="only Linux keeps threads to CPUs; leave it out"):
         chosen(io_cpus="0")
 
 

@@ -106,7 +106,7 @@ def test_address_that_is_none_is_refused_with_what_one_looks_like(serve, address
     assert repr(address) in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "300.1.1.1"])
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "ü" * 300, "300.1.1.1"])
 def test_host_that_is_not_known_is_refused_by_name(serve, host):
     with pytest.raises(AddressError, match="its host is not known") as caught:
         serve(address=f"{host}:0")

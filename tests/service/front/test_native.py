@@ -23,6 +23,7 @@ import pytest
 from protos import inference_pb2, inference_pb2_grpc
 from service.access import Access
 from service.call import DRAINING, CallError, Status
+from service.errors import SettingsError
 from service.front.grpcio import Transport
 from service.front.native import MAX_METADATA_BYTES, MAX_STREAMS, NativeFront
 from service.rpc import INFER, INFERENCE, STREAM
@@ -190,6 +191,17 @@ def test_calls_are_answered_while_another_thread_is_at_work_that(listen, dial, e
     assert not working.done()
     end.set()
     assert working.result(WAIT_S) == b"x"
+
+
+def test_front_whose_threads_cannot_keep_to_a_cpu_says_so_and_listens_nowhere(loop):
+    fake: Any = Fake()
+    transport = Transport(address="127.0.0.1:0", max_message_bytes=1000)
+    front = NativeFront(fake, transport, access=Access((), ()), io_threads=2, io_cpus=(9999,))
+
+    with pytest.raises(SettingsError, match="io_cpus lists 9999, which the system refuses"):
+        asyncio.run_coroutine_threadsafe(front.start(), loop).result(30)
+
+    asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(30)
 
 
 @pytest.mark.parametrize("io_threads", [1, 2])
