@@ -50,7 +50,7 @@ test-compose: $(STAMP) ## docker compose for real, on the engine that answers: h
 	$(BIN)/pytest tests/compose
 
 .PHONY: bench
-bench: $(STAMP) ## what serving costs, beside naive servers and the model itself: twenty minutes (needs h2load)
+bench: $(STAMP) ## what serving costs, beside naive servers and the model itself: half an hour (needs h2load)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
 .PHONY: bench-peers
