@@ -54,6 +54,7 @@ def _bars(axis: Any, title: str, found: Mapping[str, Sequence[float]]) -> None: 
     axis.set_title(title, loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.2)
+    axis.locator_params(axis="x", nbins=6)
     for place, (median, above) in enumerate(zip(medians, high, strict=True)):
         text = f" {median:,.0f}" if median >= 100 else f" {median:.3g}"  # noqa: PLR2004
         axis.text(median + above, place, text, va="center", fontsize=9)
