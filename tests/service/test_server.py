@@ -314,20 +314,24 @@ def test_front_that_has_its_own_threads_says_that_it_ignores_others(make_bundle,
 
 
 @pytest.mark.slow
-def test_launch_imports_nothing_that_takes_longer_than_it_is_worth(make_bundle):
+def test_launch_imports_nothing_that_takes_longer_than_it_is_worth(make_bundle, tmp_path):
     options = (*repository(make_bundle()), *FREE, "--front", "native", "--stop-with-stdin")
-    with subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "service", "serve", *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    log = tmp_path / "log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-X", "importtime", "-m", "service", "serve", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout
         assert process.stdout.readline().startswith("serving on ")
-        _, log = process.communicate(timeout=WAIT_S)
+        process.communicate(timeout=WAIT_S)
 
-    imported = set(re.findall(r"^import time:.*\| +(\S+)$", log, re.MULTILINE))
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", log.read_text(), re.MULTILINE))
     assert {"numpy", "onnxruntime", "grpc", "service.front.native"} <= imported
     assert not {"numpy.ma", "encodings.idna", "typer", "tensorflow"} & imported
 
