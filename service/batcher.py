@@ -400,8 +400,9 @@ class Batcher:
             if sample is not None:
                 sample(joined, answers)
         except Exception:
-            log.exception("the rows of %s cannot be sampled; they are no longer", self._name)
-            self.sample = None
+            if self.sample is not None:  # or another thread has said so
+                self.sample = None
+                log.exception("the rows of %s cannot be sampled; they are no longer", self._name)
 
     def _joined(
         self, arrays: list[NDArray[np.generic]]

@@ -56,7 +56,7 @@ CUDA = "CUDAExecutionProvider"
 PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
 # In one call of onnxruntime on a CPU. Its arena grows with the rows (11 GB for 100,000 small
 # images) and is kept. Convolutions are no faster beyond, some leave the caches; dense layers gain
-# 7 % from twice as many (benchmarks/graph.py).
+# a tenth from twice as many (benchmarks/graph.py).
 MAX_CALL_ROWS = 64
 # cuDNN plans a convolution for the number of rows it last had, and again whenever that changes: a
 # call of a network of two convolutions then takes 3.3 ms on an H200, otherwise 0.16. So there a

@@ -29,6 +29,7 @@ from service.errors import ServiceError
 from service.front.address import UNIX, resolve, unusable
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
+from service.front.nearby import Nearby
 from service.front.turns import Turn, Turns
 from service.rpc import INFERENCE, Rpc
 
@@ -83,7 +84,8 @@ class NativeFront:
                 has an answer. Of two, one writes while the other passes answers on, which then
                 leave together; but each wakes the other for nothing as well.
             io_cpus: that those threads keep to; none: any. Two on one processor never run at a
-                time: the one that writes waits while the other passes on all there is.
+                time: the one that writes waits while the other passes on all there is. Whoever
+                takes the calls of a lone client keeps to them as well.
             gpu: whether models run on one.
         """
         self._rpc = rpc
@@ -201,9 +203,12 @@ class NativeFront:
     def _take(self, front: NativeGrpcFront) -> None:
         """Take calls whenever it is this thread's turn, and answer them, until it is closed."""
         turn = Turn(self._turns)
+        nearby = Nearby(self._io_cpus) if self._io_cpus else None
         with turn:
             while (events := front.recv_batch_details(self._max_calls, WAIT_MS)) is not None:
                 turn.works()
+                if nearby is not None and events:
+                    nearby.took(alone=len(events) == 1 and not self._calls)
                 self._begin(front, events, turn)  # by a call, after which nothing of them is kept
                 events.clear()  # however long it waits for its next turn
                 turn.take()

@@ -567,10 +567,11 @@ def test_sampling_that_fails_fails_no_answer_and_is_logged_once(serving, tiny, c
             answer = client.predict(tiny.images(2), model="tiny")
             assert answer.logits.tolist() == tiny.logits(tiny.images(2)).tolist()
 
+    until(lambda: served.batcher.sample is None)
+    until(lambda: [record for record in caplog.records if record.levelname == "ERROR"])
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
         "the rows of 'tiny' version 1 cannot be sampled; they are no longer"
     ]
-    assert served.batcher.sample is None
 
 
 def test_rows_are_sampled_over_a_hot_swap_each_with_its_version(serving, shadow, make_bundle, tiny):

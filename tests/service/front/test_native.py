@@ -6,6 +6,7 @@ that name two FRONTS.
 
 import asyncio
 import logging
+import os
 import socket
 import struct
 import tempfile
@@ -21,9 +22,11 @@ import numpy as np
 import pytest
 
 from protos import inference_pb2, inference_pb2_grpc
+from service import host
 from service.access import Access
 from service.call import DRAINING, CallError, Status
 from service.errors import SettingsError
+from service.front import nearby
 from service.front.grpcio import Transport
 from service.front.native import MAX_METADATA_BYTES, MAX_STREAMS, NativeFront
 from service.rpc import INFER, INFERENCE, STREAM
@@ -201,6 +204,30 @@ def test_front_whose_threads_cannot_keep_to_a_cpu_says_so_and_listens_nowhere(lo
     with pytest.raises(SettingsError, match="io_cpus lists 9999, which the system refuses"):
         asyncio.run_coroutine_threadsafe(front.start(), loop).result(30)
 
+    asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(30)
+
+
+@pytest.mark.skipif(len(host.cpus()) < 2, reason="on the only CPU a thread has nowhere to go")
+def test_calls_of_a_lone_client_are_taken_where_they_are_read_and_others_anywhere(loop, dial):
+    held: list[Any] = []
+    fake: Any = Fake(lambda call: held.append(call) if call.content else call.answer(b""))
+    transport = Transport(address="127.0.0.1:0", max_message_bytes=1000)
+    here, anywhere = {min(host.cpus())}, host.cpus()
+    front = NativeFront(fake, transport, access=Access((), ()), threads=1, io_cpus=here)
+    live = dial(asyncio.run_coroutine_threadsafe(front.start(), loop).result(30)).unary_unary(LIVE)
+    (thread,) = front._threads
+    assert thread.native_id is not None
+
+    for _ in range(nearby.CALLS):
+        live(b"", timeout=WAIT_S)
+    assert os.sched_getaffinity(thread.native_id) == here
+    waiting = live.future(b"x", timeout=WAIT_S)
+    until(lambda: held)
+    live(b"", timeout=WAIT_S)
+    assert os.sched_getaffinity(thread.native_id) == anywhere
+
+    held.pop().answer(b"")
+    assert waiting.result(WAIT_S) == b""
     asyncio.run_coroutine_threadsafe(front.stop(0), loop).result(30)
 
 
