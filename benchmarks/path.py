@@ -147,7 +147,7 @@ def _beginning(made: Made, rows: int) -> Callable[[], object]:
     events = [(EVENT_CALL, number, method, content, None, details) for number in range(rows)]
     sink: Any = SimpleNamespace(respond=lambda *_: True, fail=lambda *_: True)
     turn = Turn(Turns())
-    return lambda: front._begin(sink, cast("Any", events), turn)
+    return lambda: front._begin(sink, cast("Any", events), turn.expect)
 
 
 def _best(call: Callable[[], object], times: int = 400) -> float:

@@ -14,7 +14,6 @@ from typing import Any, Concatenate, ParamSpec, Self
 
 import grpc
 from google.protobuf.message import Message
-from grpc.experimental import ChannelOptions
 
 from protos import inference_pb2 as pb
 from service.asking import Asker, Response, Result, SampledRows
@@ -256,10 +255,7 @@ class _Started:
 
 
 def _channel(connection: Connection) -> grpc.Channel:
-    # Whoever waits for a stream waits for its events: gRPC's thread for them fails with a traceback
-    # if Ctrl-C comes between its start and the call's.
-    alone = (ChannelOptions.SingleThreadedUnaryStream, 1)
-    options = [*connection.options, alone]
     if connection.tls is None:
-        return grpc.insecure_channel(connection.address, options)
-    return grpc.secure_channel(connection.address, connection.tls.credentials(), options)
+        return grpc.insecure_channel(connection.address, connection.options)
+    credentials = connection.tls.credentials()
+    return grpc.secure_channel(connection.address, credentials, connection.options)

@@ -557,19 +557,25 @@ command_line.add(app, doctor, group=MACHINE)
 command_line.add_completion(app, "serve-export", group=MACHINE)
 
 
+@contextmanager
 def _client(
     address: str,
     tls: bool,
     ca: Path | None,
     pair: tuple[Path | None, Path | None],
     token_file: Path | None,
-) -> "Client":
-    """Return a client that shows what a secured server asks for."""
+) -> "Iterator[Client]":
+    """Make a client that shows what a secured server asks for, and close it at a good end.
+
+    At another it is left to the process's: gRPC's thread for a stream fails with a traceback if
+    Ctrl-C came between its start and the call's, and the connection is then closed.
+    """
     from service.client import Client  # noqa: PLC0415  gRPC: only for who asks
 
-    with _sentences():
-        secured, token = _secrets(tls, ca, pair, token_file)
-        return Client(address, tls=secured, token=token)
+    secured, token = _secrets(tls, ca, pair, token_file)
+    client = Client(address, tls=secured, token=token)
+    yield client
+    client.close()
 
 
 def _secrets(

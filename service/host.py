@@ -93,6 +93,13 @@ def started_on(numbers: Collection[int], start: Callable[[], Started]) -> Starte
         return pool.submit(keep_and_start).result()
 
 
+def keep_to(numbers: Collection[int]) -> None:
+    """Keep this thread to some of `cpus`; where there are none, or no longer, it stays as it is."""
+    if numbers:
+        with suppress(OSError):
+            os.sched_setaffinity(0, numbers)
+
+
 def shown(numbers: Collection[int]) -> str:
     """Return processors as a list such as `0,2-3`."""
     ranges: list[list[int]] = []

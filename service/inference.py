@@ -4,12 +4,13 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protos import inference_pb2
-from service import errors, frame, tensors
+from service import errors, frame, host, tensors
 from service.batch_queue import Ticket
 from service.batcher import Batch, Batcher, Expect, ignore
 from service.call import DRAINING, STATUS, Call, CallError, parsed, refusal
@@ -69,7 +70,12 @@ class Inference:
         self._max_image_pixels = max_image_pixels
         self._forms = Forms()
         self._draining = False
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures")
+        self._decoders = ThreadPoolExecutor(
+            DECODERS,
+            thread_name_prefix="pictures",
+            # Started by who takes calls, which may keep to less.
+            initializer=partial(host.keep_to, host.cpus()),
+        )
         self._lock = threading.Lock()
         self._decoding = 0
 

@@ -24,6 +24,7 @@ from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from service import host
 from service.access import CONTROL, Access
+from service.batcher import Expect
 from service.call import DRAINING, Call, CallError, Status, refusal
 from service.errors import ServiceError
 from service.front.address import UNIX, resolve, unusable
@@ -31,7 +32,7 @@ from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
 from service.front.nearby import Nearby
 from service.front.turns import Turn, Turns
-from service.rpc import INFERENCE, Rpc
+from service.rpc import INFER, INFERENCE, Rpc
 
 if TYPE_CHECKING:
     from pygrpc_native._native import CallDetails, DetailedEvent
@@ -85,7 +86,7 @@ class NativeFront:
                 leave together; but each wakes the other for nothing as well.
             io_cpus: that those threads keep to; none: any. Two on one processor never run at a
                 time: the one that writes waits while the other passes on all there is. Whoever
-                takes the calls of a lone client keeps to them as well.
+                takes a lone client's calls for inference keeps to them as well.
             gpu: whether models run on one.
         """
         self._rpc = rpc
@@ -204,16 +205,29 @@ class NativeFront:
         """Take calls whenever it is this thread's turn, and answer them, until it is closed."""
         turn = Turn(self._turns)
         nearby = Nearby(self._io_cpus) if self._io_cpus else None
+
+        def expect(seconds: float) -> None:
+            if nearby is not None:
+                nearby.runs()
+            turn.expect(seconds)
+
         with turn:
             while (events := front.recv_batch_details(self._max_calls, WAIT_MS)) is not None:
                 turn.works()
                 if nearby is not None and events:
-                    nearby.took(alone=len(events) == 1 and not self._calls)
-                self._begin(front, events, turn)  # by a call, after which nothing of them is kept
+                    nearby.took(self._lone(events))
+                self._begin(front, events, expect)  # by a call, after which nothing of them is kept
                 events.clear()  # however long it waits for its next turn
                 turn.take()
 
-    def _begin(self, front: NativeGrpcFront, events: "list[DetailedEvent]", turn: Turn) -> None:
+    def _lone(self, events: "list[DetailedEvent]") -> str | None:
+        """Return who asks for the one inference in flight; None: there are more, or none."""
+        _, _, method, _, _, details = events[0]
+        if len(events) > 1 or self._calls or details is None or self._paths[method] != INFER:
+            return None
+        return details[1]
+
+    def _begin(self, front: NativeGrpcFront, events: "list[DetailedEvent]", expect: Expect) -> None:
         calls: list[Call] = []
         try:
             for kind, number, method, content, _, details in events:
@@ -224,7 +238,7 @@ class NativeFront:
                         calls.append(call)
                 elif (left := self._calls.get(number)) is not None:
                     left.cancel()
-            self._rpc.run(calls, SHORT_S, turn.expect)
+            self._rpc.run(calls, SHORT_S, expect)
         except Exception as error:  # noqa: BLE001  whatever it is, the callers get an answer
             told = refusal(INFERENCE, error)
             for _, number, *_ in events:

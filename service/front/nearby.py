@@ -1,4 +1,4 @@
-"""Keep a thread beside those that hand it work, for as long as it is handed one call at a time.
+"""Keep a thread beside those that hand it work, for as long as that is a lone client's.
 
 To wake a thread on another processor, one that sleeps above all, costs a lone client more than the
 two would save by running at once: neither has anything to do while the other works.
@@ -8,31 +8,39 @@ import os
 from collections.abc import Collection
 from contextlib import suppress
 
-CALLS = 16  # one after the other, from which on whoever asks is taken for a lone client
+CALLS = 16  # of one client, one after the other, from which on he is taken for the only one
 
 
 class Nearby:
-    """One thread's; all of it is called by that thread."""
+    """One thread's; all of it is called by that thread.
+
+    Where the system does not let the thread move, it stays where it is. Threads that it starts
+    while it is beside the others begin there as well (`host.keep_to` lets them go).
+    """
 
     def __init__(self, cpus: Collection[int]) -> None:
         """Store where the others are."""
         self._cpus = cpus
-        self._alone = 0
+        self._peer: str | None = None
+        self._alone = self._runs = 0
         self._usual: set[int] | None = None  # where it may be put else; None: it is there
 
-    def took(self, *, alone: bool) -> None:
-        """Note that calls were taken; `alone` says that it is one, with no other in flight.
-
-        Where the system does not let the thread move, it stays where it is.
-        """
-        if alone:
+    def took(self, peer: str | None) -> None:
+        """Note whose call was taken; None: it was not one alone, or others are in flight."""
+        self._runs = 0
+        if peer is None or peer != self._peer:
+            self._peer, self._alone = peer, 0
+            self._leave()
+        else:
             self._alone += 1
             if self._alone == CALLS:
                 self._join()
-            return
-        self._alone = 0
-        if self._usual is not None:
-            self._leave(self._usual)
+
+    def runs(self) -> None:
+        """Note that the model is about to be run; again for one call taken, it is for others."""
+        self._runs += 1
+        if self._runs > 1:
+            self.took(None)
 
     def _join(self) -> None:
         with suppress(OSError):
@@ -40,7 +48,8 @@ class Nearby:
             os.sched_setaffinity(0, self._cpus)
             self._usual = usual
 
-    def _leave(self, usual: set[int]) -> None:
-        self._usual = None
-        with suppress(OSError):  # its processors were taken from the process meanwhile
-            os.sched_setaffinity(0, usual)
+    def _leave(self) -> None:
+        if self._usual is not None:
+            with suppress(OSError):  # its processors were taken from the process meanwhile
+                os.sched_setaffinity(0, self._usual)
+            self._usual = None

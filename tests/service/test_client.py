@@ -1,6 +1,5 @@
 import io
 import threading
-from contextlib import closing
 
 import grpc
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 from PIL import Image
 
 from protos import inference_pb2 as pb
-from protos import parity_pb2
 from service.client import Client
 from service.errors import ServerError
 
@@ -63,19 +61,6 @@ def test_closed_client_asks_nothing(serve, model, tiny):
 
     with pytest.raises(ValueError, match="closed"):
         client.predict(tiny.images(1), model="tiny")
-
-
-def test_stream_is_waited_for_by_the_caller_alone_so_that_ctrl_c_finds_no_other_thread(serve):
-    def watch(request, context):
-        yield parity_pb2.GetParityResponse()
-
-    with Client(serve(StreamParity=watch)) as client:
-        before = set(threading.enumerate())
-        with closing(client.watch_parity()) as answers:
-            next(answers)
-            begun = {thread.name for thread in set(threading.enumerate()) - before}
-
-    assert {name for name in begun if not name.startswith("ThreadPoolExecutor")} == set()
 
 
 def test_our_own_server_answers_all_that_this_client_asks(listen, rpc, tiny):

@@ -91,6 +91,20 @@ def test_cpu_that_the_system_refuses_is_named_and_nothing_is_started():
     )
 
 
+def test_thread_is_kept_to_what_there_is_and_left_where_it_is_by_anything_else():
+    found = []
+
+    def work():
+        for numbers in ({min(host.cpus())}, (), {9999}, host.cpus()):
+            host.keep_to(numbers)
+            found.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [{min(host.cpus())}] * 3 + [host.cpus()]
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"), [((), ""), ((3,), "3"), ((2, 0, 1, 5, 7, 8), "0-2,5,7-8")]
 )

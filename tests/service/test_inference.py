@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import os
 import struct
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from protos import inference_pb2
+from service import host
 from service.batcher import Batch
 from service.call import Call, CallError, Status
 from service.errors import ModelNotReadyError
@@ -150,6 +152,24 @@ def test_pictures_are_answered_like_their_pixels(repository, infer_on, begin, in
 
     assert said == answer(begin(inference, infer(images, id="a")))
     np.testing.assert_array_equal(logits(said), tiny.logits(images))
+
+
+def test_pictures_are_decoded_anywhere_though_who_took_the_call_is_kept_to_a_cpu(
+    repository, infer_on, begin, tiny
+):
+    inference, said = infer_on(repository), []
+
+    def ask():
+        host.keep_to({min(host.cpus())})
+        said.append(answer(begin(inference, pictures(tiny.images(2)))))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+
+    assert len(said) == 1
+    for decoder in inference._decoders._threads:
+        assert os.sched_getaffinity(decoder.native_id) == host.cpus()
 
 
 def test_pictures_and_pixels_are_joined_into_one_batch(
