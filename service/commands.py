@@ -422,13 +422,12 @@ def parity(  # noqa: PLR0913  one parameter an option
     """
     from service import tables, watching  # noqa: PLC0415  none of these to print the help
 
-    with (
-        _sentences(),
-        _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client,
-    ):
+    with _sentences():
         if watch:
-            watching.watch(lambda: client.watch_parity(model, version), as_json=as_json)
-        answer = client.parity(model, version)
+            secrets = _secrets(tls, tls_ca, (tls_cert, tls_key), token_file)
+            _watch(address, *secrets, (model, version), as_json=as_json)
+        with _client(address, tls, tls_ca, (tls_cert, tls_key), token_file) as client:
+            answer = client.parity(model, version)
     if as_json:
         print(watching.as_line(answer, indent=2))
     else:
@@ -557,25 +556,39 @@ command_line.add(app, doctor, group=MACHINE)
 command_line.add_completion(app, "serve-export", group=MACHINE)
 
 
-@contextmanager
 def _client(
     address: str,
     tls: bool,
     ca: Path | None,
     pair: tuple[Path | None, Path | None],
     token_file: Path | None,
-) -> "Iterator[Client]":
-    """Make a client that shows what a secured server asks for, and close it at a good end.
-
-    At another it is left to the process's: gRPC's thread for a stream fails with a traceback if
-    Ctrl-C came between its start and the call's, and the connection is then closed.
-    """
+) -> "Client":
+    """Return a client that shows what a secured server asks for."""
     from service.client import Client  # noqa: PLC0415  gRPC: only for who asks
 
-    secured, token = _secrets(tls, ca, pair, token_file)
-    client = Client(address, tls=secured, token=token)
-    yield client
-    client.close()
+    with _sentences():
+        secured, token = _secrets(tls, ca, pair, token_file)
+        return Client(address, tls=secured, token=token)
+
+
+def _watch(
+    address: str, tls: "Tls | None", token: str | None, asked: tuple[str, str], *, as_json: bool
+) -> NoReturn:
+    """Show what a server says of a model's version, until Ctrl-C.
+
+    By an event loop, which ends where it waits: a blocking stream begins with a thread of gRPC's,
+    and if Ctrl-C comes between its start and the call's, it fails or is waited for without end.
+    """
+    import asyncio  # noqa: PLC0415  seldom needed
+
+    from service import watching  # noqa: PLC0415
+    from service.aio_client import AsyncClient  # noqa: PLC0415
+
+    async def shown() -> NoReturn:
+        async with AsyncClient(address, tls=tls, token=token) as client:
+            await watching.watch(lambda: client.watch_parity(*asked), as_json=as_json)
+
+    asyncio.run(shown())
 
 
 def _secrets(

@@ -1,7 +1,7 @@
 """Keep what a server says about its parity on the screen, through its restarts."""
 
-import time
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import AsyncIterable, Callable
 from typing import NoReturn
 
 from google.protobuf import json_format
@@ -17,10 +17,10 @@ PAUSE_S = 1.0  # before a server that went away is asked again
 AGAIN = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"})
 
 
-def watch(
-    asked: Callable[[], Iterable[parity_pb2.GetParityResponse]], *, as_json: bool
+async def watch(
+    asked: Callable[[], AsyncIterable[parity_pb2.GetParityResponse]], *, as_json: bool
 ) -> NoReturn:
-    """Show every answer, in the place of the one before it on a terminal, until Ctrl-C.
+    """Show every answer, in the place of the one before it on a terminal, until it is cancelled.
 
     Args:
         asked: asks the server; every item is what it says now.
@@ -28,10 +28,9 @@ def watch(
 
     Raises:
         ServerError: the server refused, as it would again.
-        KeyboardInterrupt: Ctrl-C.
     """
     if as_json or not tables.console.is_terminal:
-        _each(asked, lambda answer: _print(answer, as_json=as_json), tables.show_refusal)
+        await _each(asked, lambda answer: _print(answer, as_json=as_json), tables.show_refusal)
     view: RenderableType = "waiting for the server"
     with Live(view, console=tables.console, auto_refresh=False) as live:
 
@@ -43,7 +42,7 @@ def watch(
         def say(reason: str) -> None:
             live.update(Group(view, f"[red]{escape(reason)}[/]"), refresh=True)
 
-        _each(asked, show, say)
+        await _each(asked, show, say)
 
 
 def failures(answer: parity_pb2.GetParityResponse) -> list[str]:
@@ -72,14 +71,14 @@ def _print(answer: parity_pb2.GetParityResponse, *, as_json: bool) -> None:
         tables.show_parity(answer)
 
 
-def _each(
-    asked: Callable[[], Iterable[parity_pb2.GetParityResponse]],
+async def _each(
+    asked: Callable[[], AsyncIterable[parity_pb2.GetParityResponse]],
     show: Callable[[parity_pb2.GetParityResponse], None],
     say: Callable[[str], None],
 ) -> NoReturn:
     while True:
         try:
-            for answer in asked():
+            async for answer in asked():
                 show(answer)
             reason = "the server ended the stream"
         except ServerError as error:
@@ -87,4 +86,4 @@ def _each(
                 raise
             reason = str(error)
         say(f"{reason}; trying again")
-        time.sleep(PAUSE_S)
+        await asyncio.sleep(PAUSE_S)

@@ -430,8 +430,8 @@ def test_prometheus_answers_the_dashboard_from_two_servers_and_tells_of_one_that
         return {query for query in queries if not prometheus.query(query)}
 
     until_none(unanswered)
-    (up,) = prometheus.query('count(up{job="inference"} == 1)')
-    assert up["value"][1] == "2"
+    up = 'count(up{job="inference"} == 1)'
+    until(lambda: [one["value"][1] for one in prometheus.query(up)] == ["2"], "both are up")
     requests = "instance_model_version:nv_inference_request_success:rate1m > 0"
     until_none(lambda: unanswered() or {requests} if len(prometheus.query(requests)) < 2 else ())
     found = prometheus.get("/api/v1/rules")["groups"]
@@ -443,4 +443,5 @@ def test_prometheus_answers_the_dashboard_from_two_servers_and_tells_of_one_that
     gone = f'ALERTS{{alertname="ReplicaDown", instance="{servers[1].metrics_address}"}}'
     until(lambda: bool(prometheus.query(gone)), "ReplicaDown is pending")
     alerts = {one["labels"]["alertname"] for one in prometheus.get("/api/v1/alerts")["alerts"]}
-    assert alerts == {"ReplicaDown", "VersionRefused", "BalancerDown"}
+    # On a busy machine a single slow request makes RequestsSlow pending.
+    assert alerts - {"RequestsSlow"} == {"ReplicaDown", "VersionRefused", "BalancerDown"}

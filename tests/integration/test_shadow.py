@@ -206,6 +206,7 @@ def story(published, images, tmp_path_factory):
         Client(address, channels=4) as client,
     ):
         listened_to(client, folder)
+        first = live_of(client).sampled
         for start in range(0, REQUESTS, CHUNK):
             parts.append(asked(client, images, start, CHUNK))
             settled(client, folder)  # or the ring would overflow on a slow machine
@@ -217,6 +218,8 @@ def story(published, images, tmp_path_factory):
             parts.append(asked(client, images, 0, 300))
             time.sleep(0.5)
         seconds = time.monotonic() - started_s
+        rows = first + sum(len(inputs) for inputs, _ in parts)
+        eventually(lambda: live_of(client).sampled >= rows, (folder / "shadow.log").read_text)
         broken = settled(client, folder)
         shadow.terminate()
         assert shadow.wait(60) == 0, (folder / "shadow.log").read_text()
@@ -298,8 +301,15 @@ def test_killing_the_shadow_in_mid_traffic_leaves_every_request_answered(
     ):
         listened_to(client, tmp_path)
         before = live_of(client).total.rows
-        killer = threading.Timer(1, shadow.send_signal, (signal.SIGKILL,))
-        killer.start()
+
+        def kill():
+            log = tmp_path / "shadow.log"
+            try:
+                eventually(lambda: live_of(client).total.rows > before, log.read_text)
+            finally:
+                shadow.kill()
+
+        threading.Thread(target=kill).start()
         answered = 0
         while shadow.poll() is None or answered < 5_000:
             rows, _ = asked(client, images, answered, 1_000)

@@ -81,6 +81,12 @@ class Given(shadow.Originals):
         return self._of(rows)
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """Have all that was read rescored at a stop, however busy the machine is."""
+    monkeypatch.setattr(shadow, "STOP_S", 60.0)
+
+
 @pytest.fixture
 def originals(tiny):
     return Given(lambda rows: shadow.Original(tiny.logits, BUDGET, classes=True))
@@ -292,19 +298,22 @@ def test_without_a_verdict_nobody_is_told_that_parity_holds(tiny, originals, cod
 
 def test_a_stop_does_not_wait_for_all_that_was_read(tiny, originals, monkeypatch):
     monkeypatch.setattr(shadow, "STOP_S", 0.0)
-    started, client = threading.Event(), Lines(*blocks(tiny, tiny.images(16), *range(16)))
+    started, stopped = threading.Event(), threading.Event()
+    client = Lines(*blocks(tiny, tiny.images(16), *range(16)))
     known = originals.of
 
     def of(rows):
         started.set()
-        time.sleep(0.05)
+        stopped.wait(60)
         return known(rows)
 
     shadowing = shadow.Shadow(client, Given(of))
     running = threading.Thread(target=shadowing.run)
     running.start()
     assert started.wait(30)
+    assert client.waiting.wait(30)  # all was read
     shadowing.stop()
+    stopped.set()
     running.join(30)
 
     assert not running.is_alive()
@@ -856,9 +865,10 @@ def sampled(client):
 def test_a_signal_ends_it_once_what_was_read_has_been_reported(bundled, tiny, number):
     with served(bundled) as (_, address), Client(address) as client:
         with shadowing(address, bundled) as other:
-            sampled(client)
+            before = sampled(client).sampled
             client.predict(tiny.images(64), model="tiny")
-            time.sleep(0.5)
+            wait_for(lambda: client.parity("tiny").versions[0].live.sampled >= before + 64)
+            time.sleep(0.5)  # for what was handed out to arrive
             other.send_signal(number)
             said = other.communicate(timeout=60)[0]
         live = client.parity("tiny").versions[0].live

@@ -126,11 +126,12 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
         running.communicate()
         lasts = time.monotonic() - began  # on this machine, compilation included
     moments = random.Random(20)
+    shares = [0.25, *(moments.uniform(0.1, 0.9) for _ in range(KILLS - 1))]  # one surely in time
     killed = 0
-    for _ in range(KILLS):
+    for share in shares:
         with process(tmp_path / "run") as running:
             running.stdout.readline()
-            time.sleep(moments.uniform(0.1, 0.9) * lasts)
+            time.sleep(share * lasts)
             running.kill()
         killed += running.returncode == -signal.SIGKILL
 

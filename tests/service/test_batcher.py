@@ -813,7 +813,7 @@ def test_call_that_is_expected_to_take_long_is_left_to_the_batchers_own_thread(m
 
 def test_what_is_not_due_yet_is_left_to_wait(make_batcher):
     model = Here()
-    batcher = make_batcher(model, max_delay_s=0.05)
+    batcher = make_batcher(model, max_delay_s=2)
     request = Request(1)
     stay(batcher, request)
 

@@ -2,7 +2,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
@@ -218,6 +220,10 @@ def test_text_is_read_by_the_library_whole(store):
 BUSY = "import sys; sum(range(3_000_000)); print('busy', flush=True); sys.stdin.read()"
 
 
+def is_waiting(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 @pytest.fixture
 def children() -> Iterator[list[subprocess.Popen[str]]]:
     started = [
@@ -228,6 +234,10 @@ def children() -> Iterator[list[subprocess.Popen[str]]]:
     ]
     for child in started:
         assert child.stdout.readline() == "busy\n"
+    end_s = time.monotonic() + 30
+    while not all(is_waiting(child.pid) for child in started):  # and uses no more CPU time
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
     yield started
     for child in started:
         child.communicate(timeout=30)

@@ -459,14 +459,17 @@ def test_server_without_copies_waits_for_its_store_and_says_why_it_gave_up(objec
         pass
 
 
-def test_server_without_copies_starts_when_its_store_comes(make_bundle, tmp_path, caplog):
+def test_server_without_copies_starts_when_its_store_comes(tmp_path, caplog, monkeypatch):
     store = tmp_path / "store"
-    timer = threading.Timer(0.5, store.mkdir)
-    timer.start()
 
+    class Coming(logging.Handler):
+        def emit(self, record):
+            if "trying again" in record.getMessage():
+                store.mkdir()
+
+    monkeypatch.setattr(mirror.log, "handlers", [Coming()])
     with mirror.mirrored(settings(f"file://{store}", tmp_path)):
         assert "trying again for up to 60 s" in caplog.text
-    timer.join()
 
 
 @pytest.mark.parametrize("control", ["poll", "none", "explicit"])

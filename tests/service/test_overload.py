@@ -158,7 +158,7 @@ def test_request_whose_caller_has_left_is_never_run(start_held, busy, infer, tin
     stub, session = start_held()
     busy(stub, session)
     left = stub.ModelInfer.future(
-        infer(tiny.images(3)), timeout=2.0 if how == "expired" else WAIT_S
+        infer(tiny.images(3)), timeout=4.0 if how == "expired" else WAIT_S
     )
     wait_for_pending(session, 1)
 

@@ -118,11 +118,11 @@ def endless(tiny):
 
 
 def children(pid):
-    return [
-        int(child)
-        for file in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in file.read_text().split()
-    ]
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found += map(int, file.read_text().split())
+    return found
 
 
 class Watch:
@@ -356,7 +356,8 @@ def test_empty_repository_is_waited_on_and_served_once_a_bundle_is_renamed_into_
         publish(make_bundle, root)
         assert server.address() == address
         assert version(channel, infer, tiny) == "1"
-        assert health(channel) == health(channel, "tiny") == "SERVING"
+        until(lambda: health(channel) == "SERVING")
+        assert health(channel, "tiny") == "SERVING"
 
 
 @pytest.mark.slow
@@ -647,22 +648,24 @@ def test_no_accepted_call_is_lost_when_the_server_is_stopped_under_load(
         refusals = [threads.submit(ask, worker) for worker in range(4)]
         running.wait(30)
         server.popen.terminate()
-        assert {refusal.result() for refusal in refusals} == {
-            (grpc.StatusCode.UNAVAILABLE, f"[request id: <id_unknown>] {DRAINING}")
-        }
+        for code, details in {refusal.result() for refusal in refusals}:
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert details == f"[request id: <id_unknown>] {DRAINING}" or (
+                "failed to connect" in details.lower()  # too late to be accepted by anybody
+            )
     assert server.wait() == 0
 
 
 def test_stop_is_shown_first_then_calls_are_answered_until_balancers_have_noticed(
     make_bundle, start_server, infer, tiny
 ):
-    server = start_server(*repository(make_bundle()), *SHORT, "--pre-drain-s", "3")
+    server = start_server(*repository(make_bundle()), *SHORT, "--pre-drain-s", "6")
 
     with grpc.insecure_channel(server.address()) as channel:
         watches = [Watch(channel, service) for service in ("", "tiny")]
-        until(lambda: all(watch.seen == ["SERVING"] for watch in watches))
+        until(lambda: all(watch.seen[-1:] == ["SERVING"] for watch in watches))
         server.popen.terminate()
-        until(lambda: all(watch.seen == ["SERVING", "NOT_SERVING"] for watch in watches))
+        until(lambda: all(watch.seen[-2:] == ["SERVING", "NOT_SERVING"] for watch in watches))
         assert health(channel) == health(channel, "tiny") == "NOT_SERVING"
         assert not stub(channel).ServerReady(inference_pb2.ServerReadyRequest()).ready
         ready = stub(channel).ModelReady(inference_pb2.ModelReadyRequest(name="tiny"))
@@ -670,7 +673,7 @@ def test_stop_is_shown_first_then_calls_are_answered_until_balancers_have_notice
         assert version(channel, infer, tiny) == "1"  # a balancer may not have noticed yet
         assert server.wait() == 0
         assert all(watch.ended.wait(WAIT_S) for watch in watches)
-        assert all(watch.seen == ["SERVING", "NOT_SERVING"] for watch in watches)
+        assert all(watch.seen[-2:] == ["SERVING", "NOT_SERVING"] for watch in watches)
 
 
 @pytest.mark.slow

@@ -273,6 +273,7 @@ def collector() -> Iterator[tuple[Collector, str]]:
 
 TRACE = """
 from service import tracing
+tracing.STOP_S = 60
 tracer = tracing.from_environment(lambda: "1.2.3")
 span = tracer.start("/inference.GRPCInferenceService/ModelInfer", {"traceparent": "%s"})
 span.end("UNAVAILABLE", {"rows": 4}, [tracing.Phase("queue", 1000, 3000)])

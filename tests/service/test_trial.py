@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def endless(tiny):
 def children(pid):
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += map(int, file.read_text().split())
+        with suppress(OSError):  # the thread has ended
+            found += map(int, file.read_text().split())
     return found
 
 

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import os
 import pty
@@ -43,16 +44,17 @@ def test_every_answer_is_a_line_of_json_until_the_server_refuses(capsys, monkeyp
     monkeypatch.setattr(watching, "PAUSE_S", 0.0)
     turns = iter([[parity(), parity(live="a flip")], [parity()], "NOT_FOUND"])
 
-    def asked():
+    async def asked():
         found = next(turns)
         if isinstance(found, str):
             raise ServerError("no such model", code=found)
-        yield from found
+        for answer in found:
+            yield answer
         if len(found) == 2:
             raise ServerError("no server answers", code="UNAVAILABLE")
 
     with pytest.raises(ServerError, match="no such model"):
-        watching.watch(asked, as_json=True)
+        asyncio.run(watching.watch(asked, as_json=True))
 
     written = capsys.readouterr()
     lines = [json.loads(line) for line in written.out.splitlines()]
@@ -66,23 +68,24 @@ def test_every_answer_is_a_line_of_json_until_the_server_refuses(capsys, monkeyp
 def test_answers_are_tables_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(tables.console, "_force_terminal", False)
 
-    def asked():
+    async def asked():
         yield parity()
         raise ServerError("refused", code="PERMISSION_DENIED")
 
     with pytest.raises(ServerError):
-        watching.watch(asked, as_json=False)
+        asyncio.run(watching.watch(asked, as_json=False))
 
     assert "tiny version 3: parity with the original" in capsys.readouterr().out
 
 
 def seen(terminal, until, longest_s=60.0):
     """Read what a terminal shows until it has shown a text."""
-    found = ""
+    shown, found = b"", ""
     end_s = time.monotonic() + longest_s
     while until not in found:
         assert time.monotonic() < end_s, found
-        found += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", os.read(terminal, 65536).decode())
+        shown += os.read(terminal, 65536)  # which may end within a character
+        found = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
     return found
 
 

@@ -230,9 +230,11 @@ def test_stop_drains_every_worker_and_leaves_neither_process_nor_file(
         refusals = [threads.submit(hammer, seed) for seed in range(8)]
         running.wait(WAIT_S)
         server.popen.terminate()
-        assert {refusal.result() for refusal in refusals} == {
-            (grpc.StatusCode.UNAVAILABLE, f"[request id: <id_unknown>] {DRAINING}")
-        }
+        for code, details in {refusal.result() for refusal in refusals}:
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert details == f"[request id: <id_unknown>] {DRAINING}" or (
+                "failed to connect" in details.lower()  # too late to be accepted by anybody
+            )
 
     assert server.wait() == 0
     assert not any(is_running(worker) for worker in workers)
@@ -400,8 +402,9 @@ def test_what_a_shadow_reports_to_one_worker_every_one_tells(start, infer, tiny)
             thread.start()
         asked = until(lambda: rows or not ask(address, infer(tiny.images(2), model_version="1")))
         assert asked
-        time.sleep(0.5)
-        for one in tuple(rows):
+        time.sleep(0.5)  # until rows of both have come, most likely
+        found_rows = tuple(rows)
+        for one in found_rows:
             found = agreement.figures(
                 tiny.logits(one.inputs),
                 one.outputs,
@@ -409,7 +412,7 @@ def test_what_a_shadow_reports_to_one_worker_every_one_tells(start, infer, tiny)
                 allowed=agreement.Budget("float32", 40.0),
             )
             shadows[0].report(found, model="tiny", version="1", parent_sha256="")
-        reported = sum(len(one.inputs) for one in rows)
+        reported = sum(len(one.inputs) for one in found_rows)
         told = {client.parity("tiny").versions[0].live.total.rows for client in shadows}
         others = [stack.enter_context(Client(address)) for _ in range(8)]
         told |= {client.parity("tiny").versions[0].live.total.rows for client in others}

@@ -193,10 +193,10 @@ def test_a_process_that_dies_between_two_writes_costs_no_row(
 def test_kill_9_at_any_moment_leaves_only_whole_parts_and_the_same_command_goes_on(
     make_bundle, folder, output
 ):
-    bundle, source = make_bundle(), folder(400)
+    bundle, source = make_bundle(), folder(800)
     command = (
         sys.executable, "-m", "pipeline", "score", "--bundle", bundle, "--input", source,
-        "--output", output, "--part-rows", "4", "--workers", "2",
+        "--output", output, "--part-rows", "2", "--workers", "2",
     )  # fmt: skip
     environment = os.environ | {"NO_COLOR": "1"}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as process:
@@ -207,14 +207,14 @@ def test_kill_9_at_any_moment_leaves_only_whole_parts_and_the_same_command_goes_
         process.send_signal(signal.SIGKILL)
     there = len(contents(output))
     for path in output.glob("part-*"):
-        assert len(pq.read_table(path)) == 4
+        assert len(pq.read_table(path)) == 2
 
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
 
     assert done.returncode == 0, done.stderr
-    assert 3 <= there < 100
-    assert "rows:   400 in, 400 out" in done.stdout
-    assert len(ds.dataset(output).to_table()) == 400
+    assert 3 <= there < 400
+    assert "rows:   800 in, 800 out" in done.stdout
+    assert len(ds.dataset(output).to_table()) == 800
     assert not list(output.glob(".part*"))
 
 

@@ -200,7 +200,7 @@ def test_failure_to_collect_is_logged_and_told_without_its_reason(serve, caplog)
 
 
 def test_idle_clients_do_not_keep_others_waiting_and_are_cut_off(serve, monkeypatch):
-    monkeypatch.setattr(front, "MAX_CONNECTION_S", 0.2)
+    monkeypatch.setattr(front, "MAX_CONNECTION_S", 2.0)
     address = serve()
     idle = [connect(address) for _ in range(MAX_CONNECTIONS - 1)]
     try:
@@ -209,7 +209,8 @@ def test_idle_clients_do_not_keep_others_waiting_and_are_cut_off(serve, monkeypa
 
         assert get(address)[0] == 200
         for client in idle:
-            assert client.recv(1) == b""
+            with contextlib.suppress(ConnectionError):  # which is cut off as well
+                assert client.recv(1) == b""
     finally:
         for client in idle:
             client.close()

@@ -20,15 +20,17 @@ def after(loop, rounds, then):
 
 
 @pytest.mark.parametrize("patient", [False, True])
-def test_callback_waits_for_all_that_the_loop_has_to_do(loop, patient):
-    done = []
+def test_callback_waits_for_all_that_the_loop_has_to_do(loop, patient, monkeypatch):
+    monkeypatch.setattr(idle, "LATEST_S", 30)
+    done: list[str] = []
 
     async def main():
         loop.when_idle(lambda: done.append("idle"), patient=patient)
         after(loop, 3, lambda: done.append("busy"))
-        await asyncio.sleep(0.01)
+        while len(done) < 2:  # noqa: ASYNC110  an event would wake the loop
+            await asyncio.sleep(0.01)
 
-    loop.run_until_complete(main())
+    loop.run_until_complete(asyncio.wait_for(main(), 30))
 
     assert done == ["busy", "idle"]
 
@@ -44,7 +46,8 @@ def test_callback_comes_before_the_loop_sleeps(loop, patient):
     loop.run_until_complete(asyncio.wait_for(main(), 30))
 
 
-def test_callback_comes_after_what_a_socket_brings_meanwhile(loop):
+def test_callback_comes_after_what_a_socket_brings_meanwhile(loop, monkeypatch):
+    monkeypatch.setattr(idle, "LATEST_S", 30)
     ours, theirs = socket.socketpair()
     done: list[object] = []
 
@@ -52,11 +55,12 @@ def test_callback_comes_after_what_a_socket_brings_meanwhile(loop):
         loop.add_reader(ours, lambda: done.append(ours.recv(1)))
         loop.when_idle(lambda: done.append("idle"), patient=True)
         theirs.send(b"x")
-        await asyncio.sleep(0.01)
+        while len(done) < 2:  # noqa: ASYNC110  an event would wake the loop
+            await asyncio.sleep(0.01)
         loop.remove_reader(ours)
 
     with ours, theirs:
-        loop.run_until_complete(main())
+        loop.run_until_complete(asyncio.wait_for(main(), 30))
 
     assert done == [b"x", "idle"]
 

@@ -251,7 +251,7 @@ def test_nothing_is_kept_of_calls_that_are_over(loop, dial, io_threads):
     refusal(lambda: live(b""))  # without a token
     refusal(lambda: live(bytes(1001), metadata=bearer))  # too large
     left = live.future(b"x", metadata=bearer)
-    late = live.future(b"x", metadata=bearer, timeout=0.2)
+    late = live.future(b"x", metadata=bearer, timeout=2)
     until(lambda: len(held) == 2)
     left.cancel()
     assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -44,7 +44,8 @@ def waiting(shared, start):
     return has
 
 
-def test_short_work_keeps_the_turn(shared, start):
+def test_short_work_keeps_the_turn(shared, start, monkeypatch):
+    monkeypatch.setattr(turns, "LONGEST_S", WAIT_S)
     own = Turn(shared)
     with own:
         other = waiting(shared, start)
