@@ -411,8 +411,8 @@ def parity(  # noqa: PLR0913  one parameter an option
     published; the self-check on the server's host when it loaded it; the live row by what a shadow
     (train-export shadow) reports of answered requests.
 
-    Exit status: 0 it holds, 1 a self-check or a live verdict failed, or nobody answered, 2 wrong
-    options, 130 stopped with Ctrl-C.
+    Exit status: 0 it holds, 1 a self-check or a live verdict failed, the server refused, or nobody
+    answered (with --watch it is asked again), 2 wrong options, 130 stopped with Ctrl-C.
 
     Example: serve-export parity
 

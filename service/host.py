@@ -93,10 +93,10 @@ def started_on(numbers: Collection[int], start: Callable[[], Started]) -> Starte
         return pool.submit(keep_and_start).result()
 
 
-def keep_to(numbers: Collection[int]) -> None:
-    """Keep this thread to some of `cpus`; where there are none, or no longer, it stays as it is."""
-    if numbers:
-        with suppress(OSError):
+def let_go(numbers: set[int]) -> None:
+    """Let this thread be put on `cpus`, if who started it was kept to less."""
+    if numbers and os.sched_getaffinity(0) < numbers:
+        with suppress(OSError):  # they are the process's no longer
             os.sched_setaffinity(0, numbers)
 
 

@@ -74,7 +74,7 @@ class Inference:
             DECODERS,
             thread_name_prefix="pictures",
             # Started by who takes calls, which may keep to less.
-            initializer=partial(host.keep_to, host.cpus()),
+            initializer=partial(host.let_go, host.cpus()),
         )
         self._lock = threading.Lock()
         self._decoding = 0

@@ -116,8 +116,8 @@ class Settings:
     io_cpus: str = _option(
         "",
         "Network",
-        "CPUs that those threads keep to, a list such as 0 or 0,2-3; empty: any. "
-        "Several threads on one CPU write less often; a lone client's answers are computed there.",
+        "CPUs that those threads keep to, a list such as 0 or 0,2-3; empty: any. Several threads "
+        "on one CPU write less often; a lone client's short answers are computed there.",
     )
     max_message_mib: int = _option(
         64,  # gRPC's own 4 MiB stops a batch of 1,400 colour images of 32 x 32 in float32

@@ -221,7 +221,7 @@ class NativeFront:
                 turn.take()
 
     def _lone(self, events: "list[DetailedEvent]") -> str | None:
-        """Return who asks for the one inference in flight; None: there are more, or none."""
+        """Return whose one inference was taken while none is in flight; None: it is not so."""
         _, _, method, _, _, details = events[0]
         if len(events) > 1 or self._calls or details is None or self._paths[method] != INFER:
             return None

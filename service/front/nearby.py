@@ -15,7 +15,7 @@ class Nearby:
     """One thread's; all of it is called by that thread.
 
     Where the system does not let the thread move, it stays where it is. Threads that it starts
-    while it is beside the others begin there as well (`host.keep_to` lets them go).
+    while it is beside the others begin there as well (see `host.let_go`).
     """
 
     def __init__(self, cpus: Collection[int]) -> None:

@@ -521,6 +521,17 @@ def test_health_is_asked_where_the_environment_says_that_the_server_listens(
     assert run("health").stdout == "ready\n"
 
 
+@pytest.mark.parametrize("watch", [(), ("--watch",)])
+def test_parity_that_is_refused_or_cannot_be_asked_for_ends_with_a_sentence(
+    run, address, tmp_path, watch
+):
+    unknown = run("parity", *watch, "--address", address, "--model", "none")
+    unread = run("parity", *watch, "--address", address, "--tls-ca", tmp_path / "none")
+
+    assert "unknown model: 'none' is not found" in sentence(unknown)
+    assert "cannot be read" in sentence(unread, 2)
+
+
 INTERRUPTED = [("predict", __file__, "--model", "tiny"), ("parity",), ("parity", "--watch")]
 
 

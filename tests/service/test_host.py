@@ -91,18 +91,24 @@ def test_cpu_that_the_system_refuses_is_named_and_nothing_is_started():
     )
 
 
-def test_thread_is_kept_to_what_there_is_and_left_where_it_is_by_anything_else():
-    found = []
+def test_thread_that_began_where_less_is_allowed_is_let_go_and_any_other_left_where_it_is():
+    usual, found = host.cpus(), []
 
     def work():
-        for numbers in ({min(host.cpus())}, (), {9999}, host.cpus()):
-            host.keep_to(numbers)
+        for began, numbers in (
+            ({min(usual)}, usual),
+            ({min(usual)}, set()),
+            ({min(usual)}, {9999}),
+            (usual, {min(usual)}),
+        ):
+            os.sched_setaffinity(0, began)
+            host.let_go(numbers)
             found.append(os.sched_getaffinity(0))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [{min(host.cpus())}] * 3 + [host.cpus()]
+    assert found == [usual, {min(usual)}, {min(usual)}, usual]
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_pictures_are_decoded_anywhere_though_who_took_the_call_is_kept_to_a_cpu
     inference, said = infer_on(repository), []
 
     def ask():
-        host.keep_to({min(host.cpus())})
+        os.sched_setaffinity(0, {min(host.cpus())})
         said.append(answer(begin(inference, pictures(tiny.images(2)))))
 
     thread = threading.Thread(target=ask)
