@@ -23,10 +23,12 @@ def looks(root: Path, poll_s: float, stop: threading.Event) -> Iterator[None]:
         poll_s: longest time between two looks.
         stop: set from another thread.
     """
-    import watchfiles  # noqa: PLC0415  after the first version is loaded, which clients wait for
-
     while not stop.is_set():
         try:
+            # After the first version is loaded, which clients wait for. That they have taken all
+            # descriptors by now is no reason to end.
+            import watchfiles  # noqa: PLC0415
+
             for _ in watchfiles.watch(
                 root,
                 watch_filter=_Visible(root),
@@ -39,7 +41,7 @@ def looks(root: Path, poll_s: float, stop: threading.Event) -> Iterator[None]:
                 ignore_permission_denied=True,
             ):
                 yield
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ImportError) as error:
             log.warning("no events from the file system: %s; looking every %g s", error, poll_s)
             stop.wait(poll_s)
             yield

@@ -8,24 +8,18 @@ did not help, it is not the connections that hold it, and they may hold as much 
 
 import logging
 import os
-import resource
-import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from service import host
+from service.front.sockets import end_connections
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.05  # a client on this host sends some 50 MiB meanwhile
 SETTLE_S = 2.0  # from the end of the connections until what they held is given back
 SHARE = 0.5  # of the memory there is when the front starts
-MAX_DESCRIPTORS = 1 << 16  # looked through where the system does not list them
-DESCRIPTORS = Path("/proc/self/fd")
 STATM = Path("/proc/self/statm")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-UNIX = "unix:"
 
 
 class Guard:
@@ -82,41 +76,6 @@ def limit_bytes(processes: int) -> int | None:
     """Return what one of so many processes may have; None if the system does not tell."""
     known = [one for one in (host.memory_limit_bytes(), host.available_bytes()) if one]
     return int(min(known) * SHARE) // processes if known else None
-
-
-def end_connections(address: str) -> int:
-    """End all connections to an address of this process; return how many there were."""
-    is_ours = _test(address)
-    ended = 0
-    for number in _descriptors():
-        try:
-            # Not a copy: there may be no descriptor left for one.
-            connection = socket.socket(fileno=number)
-        except OSError:  # no socket, or closed since
-            continue
-        with suppress(OSError):  # it listens, or is closed
-            if is_ours(connection) and connection.getpeername() is not None:
-                connection.shutdown(socket.SHUT_RDWR)
-                ended += 1
-        connection.detach()
-    return ended
-
-
-def _descriptors() -> Iterator[int]:
-    try:
-        yield from [int(name) for name in os.listdir(DESCRIPTORS)]  # noqa: PTH208  whole, at once
-    except OSError:
-        yield from range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], MAX_DESCRIPTORS))
-
-
-def _test(address: str) -> Callable[[socket.socket], bool]:
-    """Return what tells whether a socket is a connection to an address."""
-    if address.startswith(UNIX):
-        path = address.removeprefix(UNIX)
-        return lambda one: one.family is socket.AF_UNIX and one.getsockname() == path
-    port = int(address.rpartition(":")[2])
-    internet = (socket.AF_INET, socket.AF_INET6)
-    return lambda one: one.family in internet and one.getsockname()[1] == port
 
 
 def _resident(statm: int) -> int:

@@ -27,11 +27,13 @@ from service.access import CONTROL, Access
 from service.batcher import Expect
 from service.call import DRAINING, Call, CallError, Status, refusal
 from service.errors import ServiceError
+from service.front import sockets
 from service.front.address import UNIX, resolve, unusable
 from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
 from service.front.nearby import Nearby
 from service.front.turns import Turn, Turns
+from service.front.unread import Unread
 from service.rpc import INFER, INFERENCE, Rpc
 
 if TYPE_CHECKING:
@@ -113,6 +115,8 @@ class NativeFront:
         self._max_calls = MAX_CALLS_OF_GPU if gpu else MAX_CALLS
         self._turns = Turns()
         self._calls: dict[int, _NativeCall] = {}  # that are not over
+        self._unread = Unread()
+        self._address = transport.address
         self._stopping = False
         self._begun = 0
 
@@ -152,12 +156,12 @@ class NativeFront:
             )
             thread.start()
             self._threads.append(thread)
-        address = transport.address
-        if not address.startswith(UNIX):
-            address = f"{address.rpartition(':')[0]}:{self._front.bound_port}"
+        if not self._address.startswith(UNIX):
+            self._address = f"{self._address.rpartition(':')[0]}:{self._front.bound_port}"
+        sockets.lengthen_backlogs(self._address)
         if self._guard is not None:
-            self._guard.start(address)
-        return address
+            self._guard.start(self._address)
+        return self._address
 
     def _listening(self) -> NativeGrpcFront:
         transport = self._transport
@@ -169,6 +173,7 @@ class NativeFront:
             max_concurrent_streams=MAX_STREAMS,
             max_metadata_size=MAX_METADATA_BYTES,
             reuse_port=transport.shared_port,
+            metrics=True,
         )
 
     def show_health(self, *, ready: bool, models: dict[str, bool]) -> None:
@@ -189,7 +194,8 @@ class NativeFront:
         if self._guard is not None:
             await asyncio.to_thread(self._guard.stop)
         if self._front is not None:
-            await asyncio.sleep(SHUTDOWN_S)  # for the last answers to leave
+            await self._unread.leave(self._front, self._address, until_s)
+            await asyncio.sleep(SHUTDOWN_S)  # for the last refusals to leave
             self._front.close()
             self._front = None
         until_s = time.monotonic() + STOP_S
@@ -260,7 +266,8 @@ class NativeFront:
             peer=peer,
         )
         call.number, call.front = number, front
-        call.calls, call.max_bytes = self._calls, self._transport.max_message_bytes
+        call.calls, call.unread = self._calls, self._unread
+        call.max_bytes = self._transport.max_message_bytes
         self._calls[number] = call
         self._begun += 1
         return call
@@ -295,19 +302,22 @@ class _NativeCall(Call):
     number: int
     front: NativeGrpcFront
     calls: "dict[int, _NativeCall]"
+    unread: Unread
     max_bytes: int
 
     def _send(self, content: bytes) -> None:
         if len(content) > self.max_bytes:
             self._send_error(_too_large("Sent", len(content), self.max_bytes))
             return
+        next(self.unread.given)  # before it is over: a stop waits for the one and then the other
         self.calls.pop(self.number, None)
-        self.front.respond(self.number, content)
+        if not self.front.respond(self.number, content):
+            next(self.unread.late)
 
     def _send_error(self, error: CallError) -> None:
-        self.calls.pop(self.number, None)
         trailers = [pair for pair in error.trailers if not pair[0].startswith(RESERVED)]
         self.front.fail(self.number, error.status, str(error), trailers)
+        self.calls.pop(self.number, None)
 
     def cancel(self) -> None:
         """Note that the caller has left."""

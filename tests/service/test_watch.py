@@ -173,3 +173,11 @@ def test_end_of_standard_input_is_noticed_and_what_comes_before_is_passed_over(t
         assert process.wait(WAIT_S) == 0
     if terminal:
         os.close(write)
+
+
+def test_folder_is_looked_at_where_what_watches_cannot_be_loaded(looking, monkeypatch):
+    monkeypatch.setitem(sys.modules, "watchfiles", None)  # as where no descriptor is left for it
+    looks = looking(poll_s=0.01)
+
+    for _ in range(2):
+        assert looks.acquire(timeout=WAIT_S)
