@@ -17,7 +17,7 @@ from service import access, aliases, bundle, host, model_config, tls, tracing
 from service.command_line import size
 from service.errors import BundleError, ServiceError
 from service.front.address import resolve
-from service.front.choice import choose
+from service.front.choice import choose, io_advice, io_shown
 from service.model_config import ModelOptions
 from service.settings import ENVIRONMENT_PREFIX, PROVIDERS, Settings
 
@@ -264,7 +264,9 @@ def _telemetry(area: str, _: Settings, __: Path) -> Iterator[Finding]:
 
 def _front(area: str, settings: Settings, _: Path) -> Iterator[Finding]:
     chosen = choose(settings)
-    yield Finding(area, f"{chosen.front}, because {chosen.reason}")
+    carried = f"; {io_shown(settings)}" if chosen.front == "native" else ""
+    found = f"{chosen.front}, because {chosen.reason}{carried}"
+    yield Finding(area, found, io_advice(settings, chosen.front))
 
 
 EXAMINATIONS: dict[str, Callable[[str, Settings, Path], Iterator[Finding]]] = {

@@ -13,7 +13,7 @@ from service import logs, tracing
 from service.access import Access
 from service.call import Call, Status
 from service.front import guard
-from service.front.choice import Choice
+from service.front.choice import Choice, io_advice, io_shown
 from service.front.grpcio import GrpcioFront, Transport
 from service.repository import Repository
 from service.rpc import Rpc
@@ -75,8 +75,11 @@ class Edge:
             tls_key=settings.tls_key,
             tls_client_ca=settings.tls_client_ca,
         )
-        log.info("front: %s, because %s", chosen.front, chosen.reason)
         native = chosen.front == "native"
+        carried = f"; {io_shown(settings)}" if native else ""
+        log.info("front: %s, because %s%s", chosen.front, chosen.reason, carried)
+        if advice := io_advice(settings, chosen.front):
+            log.warning("%s", advice)
         self.front = self._front(transport, access, native=native, threads=threads)
         self.metrics = self._metrics("" if shared else settings.metrics_address)
 
@@ -86,8 +89,6 @@ class Edge:
         told = self._access_log or isinstance(self.tracer, tracing.OpenTelemetryTracer)
         observe = self._observe if told else None
         if not native:
-            if self._io_threads > 1 or self._io_cpus:
-                log.warning("io_threads and io_cpus are ignored: the grpcio front serves")
             return GrpcioFront(self.rpc, transport, access=access, observe=observe)
         from service.front.native import NativeFront  # noqa: PLC0415  where there is a wheel of it
 

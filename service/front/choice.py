@@ -13,6 +13,7 @@ from service.front.address import UNIX, resolve
 from service.settings import Settings
 
 LIBRARY = "pygrpc_native"
+MANY_CORES = 4  # from which on a second I/O thread was measured to cost (docs/serving.md)
 
 
 class Choice(NamedTuple):
@@ -54,6 +55,29 @@ def _chosen(settings: Settings) -> Choice:
     if is_local(settings.address):
         return Choice("native", f"only this host reaches {settings.address}")
     return Choice("grpcio", f"others than this host reach {settings.address}")
+
+
+def io_shown(settings: Settings) -> str:
+    """Return what carries bytes of the native front, as the log and `doctor` tell it."""
+    number = settings.io_threads
+    where = f" on CPU {host.shown(settings.io_cpu_numbers)}" if settings.io_cpus else ""
+    return f"{number} I/O thread{'s' if number > 1 else ''}{where}"
+
+
+def io_advice(settings: Settings, front: str) -> str:
+    """Return what speaks against `io_threads` and `io_cpus` as they are; empty: nothing."""
+    cpus = settings.io_cpu_numbers
+    if front == "grpcio":
+        asked = settings.io_threads > 1 or cpus
+        return "io_threads and io_cpus are ignored: the grpcio front serves" if asked else ""
+    if cpus and len(cpus) < settings.workers:
+        return (
+            f"the I/O threads of all {settings.workers} workers share what io_cpus lists; "
+            "list as many CPUs as there are workers, or none"
+        )
+    if settings.io_threads > 1 and host.cores() >= MANY_CORES:
+        return f"several io_threads cost answers where there are {MANY_CORES} cores and more"
+    return ""
 
 
 def is_local(address: str) -> bool:

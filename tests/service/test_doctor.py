@@ -186,12 +186,29 @@ def test_front_is_told_with_its_reason_and_one_that_cannot_be_had_is_to_be_mende
     (reached,) = examine("front", address="0.0.0.0:0")
     (wrong,) = examine("front", front="native", max_connection_age_s=9.0)
 
-    assert local.found == "native, because only this host reaches 127.0.0.1:0"
+    assert local.found == "native, because only this host reaches 127.0.0.1:0; 1 I/O thread"
     assert reached.found == "grpcio, because others than this host reach 0.0.0.0:0"
     assert (wrong.ok, wrong.found) == (
         False,
         "front is 'native', but it does not limit a connection's age; choose auto or grpcio",
     )
+
+
+def test_io_threads_are_told_with_what_speaks_against_them(examine, monkeypatch):
+    cpu = str(min(host.cpus()))
+    monkeypatch.setattr(host, "cores", lambda *_: 2)
+    (good,) = examine("front", io_threads=2, io_cpus=cpu)
+    (shared,) = examine("front", io_threads=2, io_cpus=cpu, workers=2)
+    (ignored,) = examine("front", io_threads=2, front="grpcio")
+    monkeypatch.setattr(host, "cores", lambda *_: 4)
+    (many,) = examine("front", io_threads=2)
+
+    assert good.found.endswith(f"; 2 I/O threads on CPU {cpu}")
+    assert good.advice == ""
+    assert shared.advice.startswith("the I/O threads of all 2 workers share what io_cpus lists;")
+    assert ignored.advice == "io_threads and io_cpus are ignored: the grpcio front serves"
+    assert many.advice == "several io_threads cost answers where there are 4 cores and more"
+    assert all(found.ok for found in (good, shared, ignored, many))
 
 
 @pytest.mark.parametrize("option", ["address", "metrics_address"])
