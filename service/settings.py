@@ -111,8 +111,8 @@ class Settings:
         1,
         "Network",
         "Threads of the native front that read and write. With 2, answers of one connection leave "
-        "together, which is worth it on two cores that are busy with many requests at a time; with "
-        "4 and more it costs (docs/serving.md says how to measure it).",
+        "together, which is worth it on two cores that are busy with many requests at a time; on 4 "
+        "cores and more it costs (docs/serving.md says how to measure it).",
     )
     io_cpus: str = _option(
         "",

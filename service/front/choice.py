@@ -13,7 +13,7 @@ from service.front.address import UNIX, resolve
 from service.settings import Settings
 
 LIBRARY = "pygrpc_native"
-MANY_CORES = 4  # from which on a second I/O thread was measured to cost (docs/serving.md)
+MANY_CORES = 4  # of a worker, from which on a second I/O thread cost answers (docs/serving.md)
 
 
 class Choice(NamedTuple):
@@ -70,14 +70,15 @@ def io_advice(settings: Settings, front: str) -> str:
     if front == "grpcio":
         asked = settings.io_threads > 1 or cpus
         return "io_threads and io_cpus are ignored: the grpcio front serves" if asked else ""
+    found = []
     if cpus and len(cpus) < settings.workers:
-        return (
-            f"the I/O threads of all {settings.workers} workers share what io_cpus lists; "
+        found.append(
+            f"the I/O threads of all {settings.workers} workers share what io_cpus lists: "
             "list as many CPUs as there are workers, or none"
         )
-    if settings.io_threads > 1 and host.cores() >= MANY_CORES:
-        return f"several io_threads cost answers where there are {MANY_CORES} cores and more"
-    return ""
+    if settings.io_threads > 1 and host.cores() >= MANY_CORES * settings.workers:
+        found.append(f"several io_threads cost answers on {MANY_CORES} cores and more")
+    return "; ".join(found)
 
 
 def is_local(address: str) -> bool:

@@ -191,10 +191,11 @@ class NativeFront:
         await self._behind.stop(grace_s)
         while self._calls and time.monotonic() < until_s:  # noqa: ASYNC110  threads answer them
             await asyncio.sleep(LOOK_S)
+        if self._front is not None:
+            await self._unread.leave(self._front, self._address, until_s)
         if self._guard is not None:
             await asyncio.to_thread(self._guard.stop)
         if self._front is not None:
-            await self._unread.leave(self._front, self._address, until_s)
             await asyncio.sleep(SHUTDOWN_S)  # for the last refusals to leave
             self._front.close()
             self._front = None
@@ -316,8 +317,10 @@ class _NativeCall(Call):
 
     def _send_error(self, error: CallError) -> None:
         trailers = [pair for pair in error.trailers if not pair[0].startswith(RESERVED)]
-        self.front.fail(self.number, error.status, str(error), trailers)
-        self.calls.pop(self.number, None)
+        try:
+            self.front.fail(self.number, error.status, str(error), trailers)
+        finally:
+            self.calls.pop(self.number, None)
 
     def cancel(self) -> None:
         """Note that the caller has left."""

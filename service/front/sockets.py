@@ -16,9 +16,7 @@ from pathlib import Path
 MAX_DESCRIPTORS = 1 << 16  # looked through where the system does not list them
 DESCRIPTORS = Path("/proc/self/fd")
 UNIX = "unix:"
-# Bytes that were written and did not go out yet (linux/sockios.h). What went out arrives even if
-# the connection is closed.
-SIOCOUTQNSD = 0x894B
+SIOCOUTQNSD = 0x894B  # of linux/sockios.h: bytes that were written and did not go out yet
 BACKLOG = 4096  # connections that may wait to be accepted; the system may allow fewer
 
 
@@ -36,9 +34,12 @@ def end_connections(address: str) -> int:
     return ended
 
 
-def unsent(address: str) -> set[int]:
-    """Return the connections to an address that hold bytes their clients have no room for."""
-    return {one.fileno() for one in _connections(address) if _unsent_bytes(one)}
+def unsent(address: str) -> dict[int, int]:
+    """Return of each connection to an address, by descriptor, the bytes that did not go out yet.
+
+    Of a socket in the file system: that were not read yet.
+    """
+    return {one.fileno(): _unsent_bytes(one) for one in _connections(address)}
 
 
 def lengthen_backlogs(address: str) -> None:
@@ -84,7 +85,7 @@ def _descriptors() -> Iterator[int]:
 def _test(address: str) -> Callable[[socket.socket], bool]:
     """Return what tells whether a socket is at an address."""
     if address.startswith(UNIX):
-        path = address.removeprefix(UNIX)
+        path = address.removeprefix(UNIX).removeprefix("//")
         return lambda one: one.family is socket.AF_UNIX and _name(one) == path
     port = int(address.rpartition(":")[2])
     internet = (socket.AF_INET, socket.AF_INET6)

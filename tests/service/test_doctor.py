@@ -205,9 +205,9 @@ def test_io_threads_are_told_with_what_speaks_against_them(examine, monkeypatch)
 
     assert good.found.endswith(f"; 2 I/O threads on CPU {cpu}")
     assert good.advice == ""
-    assert shared.advice.startswith("the I/O threads of all 2 workers share what io_cpus lists;")
+    assert shared.advice.startswith("the I/O threads of all 2 workers share what io_cpus lists:")
     assert ignored.advice == "io_threads and io_cpus are ignored: the grpcio front serves"
-    assert many.advice == "several io_threads cost answers where there are 4 cores and more"
+    assert many.advice == "several io_threads cost answers on 4 cores and more"
     assert all(found.ok for found in (good, shared, ignored, many))
 
 

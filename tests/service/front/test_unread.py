@@ -16,6 +16,7 @@ from tests.service.front.hostile import GO_AWAY, LIVE, WAIT_S, Hostile
 DATA = 0
 ANSWER = bytes(1000)
 LARGE = bytes(64 << 20)  # more than the system keeps between two ends
+PART, PARTS = bytes(300 << 10), 200  # of as much; the front takes each whole, room or not
 MUCH = (1 << 31) - 1  # the most room there can be
 HEAD = 5  # bytes of gRPC before each message
 
@@ -63,6 +64,13 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.01)
+
+
+def counted(front):
+    """Return how many calls were begun, and how many of them the front counts as sent."""
+    methods = front._front.metrics()["methods"].values()
+    sent = [one["status"][0]["count"] for one in methods if 0 in one["status"]]
+    return sum(one["started"] for one in methods), sum(sent)
 
 
 def ask(client, stream):
@@ -114,6 +122,26 @@ def test_answer_waits_for_a_client_that_does_not_read_when_the_server_is_stopped
         stopping.result(WAIT_S)
 
 
+def test_answers_that_the_front_has_taken_wait_for_a_client_that_does_not_read(serve, stop):
+    fake: Any = Fake(PART)
+    front, address = serve(fake)
+    with Hostile(address, window=MUCH, reads=False) as client:
+        client.make_room(0, MUCH - 65_535)
+        for number in range(PARTS):
+            client.begin(2 * number + 1)
+            client.send(DATA, 2 * number + 1, bytes(HEAD), 1)
+        until(lambda: counted(front) == (PARTS, PARTS))
+        stopping = stop(front)
+        time.sleep(0.5)  # which gives it time to do the wrong thing
+        assert not stopping.done()
+
+        client.reads()
+
+        client.wait(lambda: client.closed)
+        assert received(client) == PARTS * (HEAD + len(PART))
+        stopping.result(WAIT_S)
+
+
 def test_clients_that_read_are_waited_for_no_longer_than_it_takes(serve, stop):
     fake: Any = Fake(ANSWER)
     front, address = serve(fake)
@@ -122,6 +150,7 @@ def test_clients_that_read_are_waited_for_no_longer_than_it_takes(serve, stop):
         for number in range(20):
             ask(client, 2 * number + 1)
         client.wait(lambda: received(client) == 20 * (HEAD + len(ANSWER)))
+        until(lambda: counted(front) == (21, 20))
         started_s = time.monotonic()
 
         stop(front).result(WAIT_S)
@@ -130,8 +159,25 @@ def test_clients_that_read_are_waited_for_no_longer_than_it_takes(serve, stop):
         client.wait(lambda: client.closed)
 
 
-def test_client_that_never_has_room_is_given_up(serve, stop, monkeypatch):
+def test_client_that_never_reads_what_the_front_has_taken_is_given_up(serve, stop, monkeypatch):
     monkeypatch.setattr(unread, "STUCK_S", 0.3)
+    fake: Any = Fake(PART)
+    front, address = serve(fake)
+    with Hostile(address, window=MUCH, reads=False) as client:
+        client.make_room(0, MUCH - 65_535)
+        for number in range(PARTS):
+            client.begin(2 * number + 1)
+            client.send(DATA, 2 * number + 1, bytes(HEAD), 1)
+        until(lambda: counted(front) == (PARTS, PARTS))
+        started_s = time.monotonic()
+
+        stop(front).result(WAIT_S)
+
+        assert time.monotonic() - started_s < WAIT_S / 2
+
+
+def test_client_that_never_has_room_is_given_up(serve, stop, monkeypatch):
+    monkeypatch.setattr(unread, "STUCK_S", 1.0)
     fake: Any = Fake(ANSWER)
     front, address = serve(fake)
     with Hostile(address, window=0) as client:
@@ -141,7 +187,7 @@ def test_client_that_never_has_room_is_given_up(serve, stop, monkeypatch):
 
         stop(front).result(WAIT_S)
 
-        assert time.monotonic() - started_s >= 0.3
+        assert time.monotonic() - started_s >= 1
         assert received(client) == 0
 
 
@@ -153,8 +199,11 @@ def test_stop_ends_when_it_must_though_a_client_does_not_read(serve, stop):
         client.begin(1)
         client.send(DATA, 1, bytes(HEAD), 1)
         until(lambda: fake.answered)
+        started_s = time.monotonic()
 
         stop(front, 0.3).result(WAIT_S)
+
+        assert time.monotonic() - started_s < unread.STUCK_S
 
 
 def test_clients_that_left_before_they_were_answered_are_not_waited_for(serve, stop, monkeypatch):
@@ -175,6 +224,7 @@ def test_clients_that_left_before_they_were_answered_are_not_waited_for(serve, s
         front._calls[held[0].number] = held[0]
         held[0]._send(ANSWER)  # as by a thread that had not noticed
         half.begin(1)
+        until(lambda: counted(front) == (2, 0))
         started_s = time.monotonic()
 
         stop(front).result(2 * WAIT_S)
