@@ -36,11 +36,13 @@ from prefect.transactions import transaction
 from pipeline import config, files, page, report, results, tasks
 from pipeline.endpoint import Endpoint
 from pipeline.errors import EvaluationError, InterruptedTrainingError, PipelineError
+from pipeline.last_words import LastWords
 from pipeline.records import Published, Trained
 from service import bundle
 from service.errors import ServiceError
 
 log = logging.getLogger("pipeline.flow")  # a deployment loads this file under another name
+STDERR = 2
 # How Prefect words it.
 STOPPING = "Stopping temporary server"
 FAILED = re.compile(r"(Finished in state \w+\(.* encountered an exception:? \w+): .*", re.DOTALL)
@@ -204,7 +206,8 @@ def _start_server(failed: list[Exception]) -> None:
 def shield_server(errors: int | None = None) -> None:
     """Have the temporary server that Prefect starts here live in a session of its own.
 
-    Prefect's words of what it ends with are kept off the terminal: the command's are the last.
+    Prefect's and its server's words of what they end with are kept off the terminal: the command's
+    are the last.
 
     Ctrl-C in a terminal reaches every process of its group; without the server Prefect would wait
     for minutes to tell it that the run has ended.
@@ -221,19 +224,30 @@ def shield_server(errors: int | None = None) -> None:
         if isinstance(handler, PrefectConsoleHandler):
             handler.addFilter(shorten)
 
-    popen = partial(subprocess.Popen, start_new_session=True, stderr=errors)
-    # Prefect's module alone: others are imported meanwhile.
-    apart = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    stop = SubprocessASGIServer.stop
+    words: list[LastWords] = []  # of each that was started
 
     def start(server: SubprocessASGIServer) -> Any:  # noqa: ANN401  as Prefect has it
+        words.append(LastWords(STDERR if errors is None else errors))
+        written = words[-1].descriptor
+        popen = partial(subprocess.Popen, start_new_session=True, stderr=written)
+        # Prefect's module alone: others are imported meanwhile.
+        apart = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
         vars(prefect_server)["subprocess"] = apart
         try:
             return stock(server)
         finally:
             vars(prefect_server)["subprocess"] = subprocess
+            os.close(written)
+
+    def stop_silently(server: SubprocessASGIServer) -> None:
+        for one in words:
+            one.drop()
+        stop(server)
 
     start.apart = True  # type: ignore[attr-defined]
     SubprocessASGIServer._run_uvicorn_command = start  # type: ignore[method-assign, assignment]
+    SubprocessASGIServer.stop = stop_silently  # type: ignore[method-assign, assignment]
 
 
 def tell_of_absent(servers: Sequence[Endpoint], models: Path) -> None:
