@@ -33,7 +33,7 @@ from service.front.grpcio import SHUTDOWN_S, GrpcioFront, Transport
 from service.front.guard import Guard
 from service.front.nearby import Nearby
 from service.front.turns import Turn, Turns
-from service.front.unread import Unread
+from service.front.unread import LOOK_S, Unread
 from service.rpc import INFER, INFERENCE, Rpc
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ WAIT_MS = 200  # for calls; when the front is closed, only one of the threads th
 # them run, nothing new is read or refused; to hand a batch to another thread costs some 0.05 ms.
 SHORT_S = 0.005
 STOP_S = 5.0  # for the threads to finish what they took
-LOOK_S = 0.01  # between two looks whether calls in flight are over
 MAX_STREAMS = 256  # calls in flight on one connection; each may hold a message
 RESERVED = "grpc-"  # trailers that it keeps for itself, though one of them is for servers to set
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from service.front.address import UNIX
+
 MAX_DESCRIPTORS = 1 << 16  # looked through where the system does not list them
 DESCRIPTORS = Path("/proc/self/fd")
-UNIX = "unix:"
 SIOCOUTQNSD = 0x894B  # of linux/sockios.h: bytes that were written and did not go out yet
 BACKLOG = 4096  # connections that may wait to be accepted; the system may allow fewer
 

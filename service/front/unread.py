@@ -13,7 +13,7 @@ from service.front import sockets
 if TYPE_CHECKING:
     from pygrpc_native import NativeGrpcFront
 
-LOOK_S = 0.01  # between two looks
+LOOK_S = 0.01  # between two looks of a front that stops
 STUCK_S = 5.0  # without a move, after which what is left counts as given up by its clients
 QUIET_LOOKS = 5  # at which nothing is unsent, in a row: the front may be about to write more
 OK = 0  # gRPC's code, as the front counts its calls by

@@ -29,31 +29,12 @@ from service.front import nearby
 from service.front.grpcio import Transport
 from service.front.native import MAX_METADATA_BYTES, MAX_STREAMS, NativeFront
 from service.rpc import INFER, STREAM
+from tests.service.front.fake import Fake
 from tests.service.front.hostile import HEADERS, LIVE, MAX_CONCURRENT_STREAMS, RESET, Hostile
 
 FRONTS = ("native",)
 MIB = 1 << 20
 WAIT_S = 60
-
-
-class Fake:
-    """An Rpc that answers everything at once, or leaves it to the test."""
-
-    paths = (INFER, LIVE)
-    streamed = INFER
-    streaming: tuple[str, ...] = ()
-
-    def __init__(self, answer=lambda call: call.answer(b"")):
-        self.calls: list[Any] = []
-        self._answer = answer
-
-    def begin(self, call):
-        self.calls.append(call)
-        self._answer(call)
-
-    def run(self, calls, longest_s, expect=None):
-        for call in calls:
-            self.begin(call)
 
 
 @pytest.fixture

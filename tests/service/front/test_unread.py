@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from service.access import Access
 from service.front import unread
 from service.front.grpcio import Transport
 from service.front.native import NativeFront
-from service.rpc import INFER
-from tests.service.front.hostile import GO_AWAY, LIVE, WAIT_S, Hostile
+from tests.service.front.fake import Fake
+from tests.service.front.hostile import GO_AWAY, RESET, WAIT_S, Hostile
 
 DATA = 0
 ANSWER = bytes(1000)
@@ -19,23 +20,6 @@ LARGE = bytes(64 << 20)  # more than the system keeps between two ends
 PART, PARTS = bytes(300 << 10), 200  # of as much; the front takes each whole, room or not
 MUCH = (1 << 31) - 1  # the most room there can be
 HEAD = 5  # bytes of gRPC before each message
-
-
-class Fake:
-    """An Rpc that answers everything with as many bytes."""
-
-    paths = (INFER, LIVE)
-    streamed = INFER
-    streaming: tuple[str, ...] = ()
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.answered = 0
-
-    def run(self, calls, longest_s, expect=None):
-        for call in calls:
-            call.answer(self.content)
-            self.answered += 1
 
 
 @pytest.fixture
@@ -78,17 +62,32 @@ def ask(client, stream):
     client.give(stream, bytes(HEAD), end=True)
 
 
+def answering(content) -> Any:
+    return Fake(lambda call: call.answer(content))
+
+
+@contextmanager
+def client_that_does_not_read(address, calls=1):
+    """Ask as often, with room for all answers, and read none of them."""
+    with Hostile(address, window=MUCH, reads=False) as client:
+        client.make_room(0, MUCH - 65_535)
+        for number in range(calls):
+            client.begin(2 * number + 1)
+            client.send(DATA, 2 * number + 1, bytes(HEAD), 1)
+        yield client
+
+
 def received(client):
     return sum(len(payload) for kind, _, payload in client.frames if kind == DATA)
 
 
 def test_answers_wait_for_a_client_that_has_no_room_when_the_server_is_stopped(serve, stop):
-    fake: Any = Fake(ANSWER)
+    fake = answering(ANSWER)
     front, address = serve(fake)
     with Hostile(address, window=0) as client:
         for stream in (1, 3, 5):
             ask(client, stream)
-        until(lambda: fake.answered == 3)
+        until(lambda: len(fake.calls) == 3)
         stopping = stop(front)
         time.sleep(0.5)  # which gives it time to do the wrong thing
         assert not client.closed
@@ -104,13 +103,10 @@ def test_answers_wait_for_a_client_that_has_no_room_when_the_server_is_stopped(s
 
 
 def test_answer_waits_for_a_client_that_does_not_read_when_the_server_is_stopped(serve, stop):
-    fake: Any = Fake(LARGE)
+    fake = answering(LARGE)
     front, address = serve(fake)
-    with Hostile(address, window=MUCH, reads=False) as client:
-        client.make_room(0, MUCH - 65_535)
-        client.begin(1)
-        client.send(DATA, 1, bytes(HEAD), 1)
-        until(lambda: fake.answered)
+    with client_that_does_not_read(address) as client:
+        until(lambda: fake.calls)
         stopping = stop(front)
         time.sleep(0.5)  # which gives it time to do the wrong thing
         assert not stopping.done()
@@ -123,13 +119,8 @@ def test_answer_waits_for_a_client_that_does_not_read_when_the_server_is_stopped
 
 
 def test_answers_that_the_front_has_taken_wait_for_a_client_that_does_not_read(serve, stop):
-    fake: Any = Fake(PART)
-    front, address = serve(fake)
-    with Hostile(address, window=MUCH, reads=False) as client:
-        client.make_room(0, MUCH - 65_535)
-        for number in range(PARTS):
-            client.begin(2 * number + 1)
-            client.send(DATA, 2 * number + 1, bytes(HEAD), 1)
+    front, address = serve(answering(PART))
+    with client_that_does_not_read(address, PARTS) as client:
         until(lambda: counted(front) == (PARTS, PARTS))
         stopping = stop(front)
         time.sleep(0.5)  # which gives it time to do the wrong thing
@@ -143,8 +134,7 @@ def test_answers_that_the_front_has_taken_wait_for_a_client_that_does_not_read(s
 
 
 def test_clients_that_read_are_waited_for_no_longer_than_it_takes(serve, stop):
-    fake: Any = Fake(ANSWER)
-    front, address = serve(fake)
+    front, address = serve(answering(ANSWER))
     with Hostile(address) as client, Hostile(address) as half:
         half.begin(1)  # whose message never comes
         for number in range(20):
@@ -161,13 +151,8 @@ def test_clients_that_read_are_waited_for_no_longer_than_it_takes(serve, stop):
 
 def test_client_that_never_reads_what_the_front_has_taken_is_given_up(serve, stop, monkeypatch):
     monkeypatch.setattr(unread, "STUCK_S", 0.3)
-    fake: Any = Fake(PART)
-    front, address = serve(fake)
-    with Hostile(address, window=MUCH, reads=False) as client:
-        client.make_room(0, MUCH - 65_535)
-        for number in range(PARTS):
-            client.begin(2 * number + 1)
-            client.send(DATA, 2 * number + 1, bytes(HEAD), 1)
+    front, address = serve(answering(PART))
+    with client_that_does_not_read(address, PARTS):
         until(lambda: counted(front) == (PARTS, PARTS))
         started_s = time.monotonic()
 
@@ -178,11 +163,11 @@ def test_client_that_never_reads_what_the_front_has_taken_is_given_up(serve, sto
 
 def test_client_that_never_has_room_is_given_up(serve, stop, monkeypatch):
     monkeypatch.setattr(unread, "STUCK_S", 1.0)
-    fake: Any = Fake(ANSWER)
+    fake = answering(ANSWER)
     front, address = serve(fake)
     with Hostile(address, window=0) as client:
         ask(client, 1)
-        until(lambda: fake.answered)
+        until(lambda: fake.calls)
         started_s = time.monotonic()
 
         stop(front).result(WAIT_S)
@@ -192,13 +177,10 @@ def test_client_that_never_has_room_is_given_up(serve, stop, monkeypatch):
 
 
 def test_stop_ends_when_it_must_though_a_client_does_not_read(serve, stop):
-    fake: Any = Fake(LARGE)
+    fake = answering(LARGE)
     front, address = serve(fake)
-    with Hostile(address, window=MUCH, reads=False) as client:
-        client.make_room(0, MUCH - 65_535)
-        client.begin(1)
-        client.send(DATA, 1, bytes(HEAD), 1)
-        until(lambda: fake.answered)
+    with client_that_does_not_read(address):
+        until(lambda: fake.calls)
         started_s = time.monotonic()
 
         stop(front, 0.3).result(WAIT_S)
@@ -208,21 +190,14 @@ def test_stop_ends_when_it_must_though_a_client_does_not_read(serve, stop):
 
 def test_clients_that_left_before_they_were_answered_are_not_waited_for(serve, stop, monkeypatch):
     monkeypatch.setattr(unread, "STUCK_S", WAIT_S)
-    held: list[Any] = []
-
-    class Slow(Fake):
-        def run(self, calls, longest_s, expect=None):
-            held.extend(calls)
-
-    fake: Any = Slow(ANSWER)
+    fake: Any = Fake(lambda call: None)
     front, address = serve(fake)
     with Hostile(address) as left, Hostile(address) as half:
         ask(left, 1)
-        until(lambda: held)
-        left.send(3, 1, bytes(4))  # its reset
-        until(lambda: held[0].over)
-        front._calls[held[0].number] = held[0]
-        held[0]._send(ANSWER)  # as by a thread that had not noticed
+        until(lambda: fake.calls)
+        left.send(RESET, 1, bytes(4))
+        until(lambda: fake.calls[0].over)
+        fake.calls[0]._send(ANSWER)  # as by a thread that had not noticed
         half.begin(1)
         until(lambda: counted(front) == (2, 0))
         started_s = time.monotonic()
